@@ -1,0 +1,181 @@
+"""The only loop that moves Z to focus.
+
+It stands between a strategy, which only thinks, and a rig, which only does: an engine's
+core, a recorded stack, a virtual microscope. Limits, look budget, cancel and pause,
+backlash, counting, and the way back after a fault are kept here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from mm_autofocus.errors import LimitError
+from mm_autofocus.types import FocusRequest, FocusResult, Look, Strategy
+
+__all__ = ["LookBudgetError", "Rig", "drive"]
+
+logger = logging.getLogger(__name__)
+
+# Stages report rounded positions: a request this close to a limit is on it.
+_EPSILON_UM = 1e-6
+
+
+class LookBudgetError(LimitError):
+    """A strategy asked for more looks than it was given."""
+
+
+class Rig(Protocol):
+    """What `drive` needs of a microscope. All z in µm."""
+
+    def position_um(self) -> float:
+        """Where the focus stage stands."""
+        ...
+
+    def move_to(self, z_um: float) -> None:
+        """Send the focus stage to `z_um` and wait until it has settled."""
+        ...
+
+    def look(self) -> Look:
+        """Take one exposure where the stage stands."""
+        ...
+
+    def looking(self) -> AbstractContextManager[object]:
+        """Prepare camera, channel and shutter for the looks; restore them on exit."""
+        ...
+
+
+@dataclass(slots=True)
+class _Stage:
+    """Counts the moves and keeps them within the limits and on the right side."""
+
+    rig: Rig
+    request: FocusRequest
+    backlash_um: float
+    moves: int = 0
+
+    def go(self, z_um: float) -> None:
+        low, high = self.request.z_min_um, self.request.z_max_um
+        # written so that NaN is refused as well
+        if not low - _EPSILON_UM <= z_um <= high + _EPSILON_UM:
+            raise LimitError(
+                f"z {z_um:g} µm is outside the limits {low:g} … {high:g} µm; "
+                "the stage was not moved there"
+            )
+        z_um = min(max(z_um, low), high)
+        here = self.rig.position_um()
+        backlash = self.backlash_um
+        # The gears are taken up only by travelling towards +z (backlash > 0) or -z; a
+        # move the other way goes past the target first and comes back.
+        if backlash and (z_um - here) * backlash < 0:
+            past = min(max(z_um - backlash, low), high)
+            if past != z_um:
+                self.rig.move_to(past)
+                self.moves += 1
+        self.rig.move_to(z_um)
+        self.moves += 1
+
+
+def drive(
+    strategy: Strategy,
+    request: FocusRequest,
+    rig: Rig,
+    *,
+    backlash_um: float = 0.0,
+    checkpoint: Callable[[], None] | None = None,
+    on_look: Callable[[Look], None] | None = None,
+) -> FocusResult:
+    """Run one strategy on one rig, and leave the stage at focus or back at the start.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        Who searches.
+    request : FocusRequest
+        Start, limits, look budget, optics and prior.
+    rig : Rig
+        What moves and exposes.
+    backlash_um : float, optional
+        Every z is approached travelling towards +z if positive, towards -z if negative,
+        coming from at least so far away (within the limits). 0: from either side.
+    checkpoint : callable, optional
+        Called before each look; it may wait (pause), and raises `CancelledError` to stop.
+    on_look : callable, optional
+        Called with each look after the strategy has scored it.
+
+    Returns
+    -------
+    FocusResult
+        The strategy's result with looks, moves, start and curve filled in. If focus was
+        found the stage stands there; if not, it stands at ``request.z_start_um``.
+
+    Raises
+    ------
+    LimitError
+        The strategy asked for a z outside the limits, or for a look beyond the budget.
+    CancelledError
+        From `checkpoint`.
+    HardwareError
+        From the rig. After any exception the stage has been sent back to the start
+        (if it still moves), and the camera and the shutter have been restored.
+    """
+    stage = _Stage(rig, request, backlash_um)
+    looks: list[Look] = []
+    curve: list[tuple[float, float | None]] = []
+
+    def report() -> None:
+        look = looks.pop()
+        curve.append((look.z_um, look.score))
+        if on_look is not None:
+            on_look(look)
+
+    search = strategy.focus(request)
+    try:
+        with rig.looking():
+            try:
+                z_um = next(search)
+                while True:
+                    if checkpoint is not None:
+                        checkpoint()
+                    if len(curve) >= request.max_looks:
+                        raise LookBudgetError(
+                            f"{strategy.name} asked for look {len(curve) + 1} of at most "
+                            f"{request.max_looks}"
+                        )
+                    stage.go(z_um)
+                    looks.append(rig.look())
+                    try:
+                        z_um = search.send(looks[-1])
+                    finally:
+                        report()
+            except StopIteration as stop:
+                result: FocusResult = stop.value
+        if result.found:
+            assert result.z_um is not None
+            stage.go(result.z_um)
+        else:
+            stage.go(request.z_start_um)
+    except BaseException:
+        _retreat(stage, request.z_start_um)
+        raise
+    finally:
+        search.close()
+    return replace(
+        result,
+        strategy=result.strategy or strategy.name,
+        z_start_um=request.z_start_um,
+        looks=len(curve),
+        moves=stage.moves,
+        curve=tuple(curve),
+    )
+
+
+def _retreat(stage: _Stage, z_um: float) -> None:
+    """Go back to the start after a fault, without hiding the fault."""
+    try:
+        stage.go(z_um)
+    except Exception:  # whatever broke first is what the caller must see
+        logger.exception("after the fault the stage could not be sent back to %g µm", z_um)
