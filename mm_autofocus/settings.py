@@ -25,8 +25,9 @@ from mm_autofocus.registry import METRICS, STRATEGIES, suggest
 from mm_autofocus.types import Optics
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from pydantic_core import ErrorDetails
-    from typing_extensions import Self
 
 __all__ = ["AutofocusSettings", "EscalationStep", "MetricOptions", "parse_settings"]
 

@@ -1,0 +1,306 @@
+"""Run a plan, or focus once: the two calls that a script needs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mm_autofocus.drive import drive
+from mm_autofocus.errors import AutofocusError, HardwareError, InputError
+from mm_autofocus.hooks.checks import check_looks, check_plan, stage_limits_um
+from mm_autofocus.hooks.ledger import Ledger, Place
+from mm_autofocus.hooks.pymmcore import AutofocusEngine
+from mm_autofocus.hooks.rig import CoreRig
+from mm_autofocus.ometiff import OmeTiffSink
+from mm_autofocus.plan import PlanLike, load_plan, settings_of
+from mm_autofocus.settings import AutofocusSettings, parse_settings
+from mm_autofocus.strategies import build_strategy
+from mm_autofocus.types import FocusResult, Look
+
+if TYPE_CHECKING:
+    import os
+
+    from pymmcore_plus import CMMCorePlus
+
+__all__ = ["RunResult", "autofocus", "run"]
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What a run did.
+
+    Attributes
+    ----------
+    output : list of pathlib.Path
+        Files written.
+    frames : int
+        Frames taken and, with an output, written.
+    missing : int
+        Frames that a camera fault cost.
+    positions : int
+        Places visited, tiles of a grid counted one by one.
+    exposures : int
+        Frames and looks together: the light that the specimen saw.
+    records : list of dict
+        One per search (see `hooks.ledger.Ledger.enter`).
+    cancelled : bool
+        The run was ended before its last event.
+    """
+
+    output: list[Path] = field(default_factory=list)
+    frames: int = 0
+    missing: int = 0
+    positions: int = 0
+    exposures: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Records of the searches that found no focus."""
+        return [r for r in self.records if r["status"] == "failed"]
+
+    @property
+    def exit_code(self) -> int:
+        """3 if frames are missing by a fault, 1 if tiles failed or it was cancelled, else 0."""
+        if self.missing:
+            return 3
+        return 1 if self.failed or self.cancelled else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``mm-autofocus run --json`` prints."""
+        return {
+            "output": [str(p) for p in self.output],
+            "frames": self.frames,
+            "missing_frames": self.missing,
+            "positions": self.positions,
+            "exposures": self.exposures,
+            "cancelled": self.cancelled,
+            "autofocus": [
+                {key: r.get(key) for key in _RECORD_KEYS if key in r} for r in self.records
+            ],
+        }
+
+
+_RECORD_KEYS = (
+    "index",
+    "position",
+    "x_um",
+    "y_um",
+    "z_before_um",
+    "z_after_um",
+    "status",
+    "reason",
+    "strategy",
+    "looks",
+    "moves",
+    "expected_error_um",
+    "score",
+    "time_s",
+)
+
+
+def run(
+    plan: PlanLike,
+    *,
+    core: CMMCorePlus | None = None,
+    output: str | os.PathLike[str] | None = None,
+    strategy: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    split_positions: bool = False,
+    compression: Literal["zlib", "lzw", "zstd"] | None = None,
+    engine: Callable[..., AutofocusEngine] = AutofocusEngine,
+    on_engine: Callable[[AutofocusEngine], None] | None = None,
+) -> RunResult:
+    """Run a useq plan with autofocus, and save it as OME-TIFF.
+
+    Blocks until the run has ended; the engine that the core had before is put back.
+    Ctrl-C cancels cleanly: the stage goes back, the file is finished and readable.
+
+    Parameters
+    ----------
+    plan : useq.MDASequence or mapping or path
+        When (``autofocus_plan``) and how (``metadata.mm_autofocus``) to focus.
+    core : CMMCorePlus, optional
+        Default: the global instance.
+    output : path, optional
+        ``*.ome.tif`` or ``*.ome.tiff``. None: nothing is saved.
+    strategy, settings : optional
+        Replace the plan's strategy or single settings of it.
+    overwrite : bool, optional
+        Whether an existing output may be replaced.
+    split_positions : bool, optional
+        One file per position instead of one for all.
+    compression : {"zlib", "lzw", "zstd"}, optional
+        Lossless compression of the planes.
+    engine : callable, optional
+        Makes the engine; for subclasses.
+    on_engine : callable, optional
+        Called with the engine before the run, to connect to its signals.
+
+    Returns
+    -------
+    RunResult
+
+    Raises
+    ------
+    InputError
+        Nothing was moved and nothing was written.
+    FocusFailedError
+        A tile failed under ``on_failure: abort``.
+    HardwareError
+        A device or the disk failed. Whatever was saved is readable; the message names it.
+    """
+    sequence = load_plan(plan, strategy=strategy, overrides=settings)
+    if core is None:
+        from pymmcore_plus import CMMCorePlus
+
+        core = CMMCorePlus.instance()
+    check_plan(core, sequence, settings_of(sequence))
+    sink: OmeTiffSink | None = None
+    if output is not None:
+        sink = OmeTiffSink(
+            Path(output),
+            overwrite=overwrite,
+            split_positions=split_positions,
+            compression=compression,
+        )
+        sink.check()
+    ours = engine(core, sink=sink)
+    if on_engine is not None:
+        on_engine(ours)
+    seen: set[tuple[int | None, int | None]] = set()
+
+    def count(event: Any) -> None:
+        seen.add((event.index.get("p"), event.index.get("g")))
+
+    before = core.mda.set_engine(ours)
+    core.mda.events.eventStarted.connect(count)
+    try:
+        error = _run_until_done(core, sequence)
+    finally:
+        core.mda.events.eventStarted.disconnect(count)
+        if before is not None:
+            core.mda.set_engine(before)
+    result = RunResult(
+        output=list(sink.paths) if sink is not None else [],
+        frames=ours.frames,
+        missing=ours.missing,
+        positions=len(seen),
+        exposures=ours.frames + sum(r["looks"] for r in ours.records),
+        records=list(ours.records),
+        cancelled=str(core.mda.status.finish_reason) == "canceled",
+    )
+    if error is not None:
+        raise _as_ours(error, result) from error
+    return result
+
+
+def _run_until_done(core: CMMCorePlus, sequence: Any) -> BaseException | None:
+    """Run in a thread, so that Ctrl-C reaches us and not the middle of the runner.
+
+    The runner does not finish a run that a `KeyboardInterrupt` has torn apart: no file
+    would be closed and no shutter restored.
+    """
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            core.mda.run(sequence)
+        except BaseException as e:  # noqa: BLE001 - handed to the caller's thread
+            errors.append(e)
+
+    thread = threading.Thread(target=target, name="mm-autofocus run")
+    thread.start()
+    while thread.is_alive():
+        try:
+            thread.join(0.1)
+        except KeyboardInterrupt:
+            core.mda.cancel()
+    return errors[0] if errors else None
+
+
+def _as_ours(error: BaseException, result: RunResult) -> BaseException:
+    """Faults name what was saved; other errors keep their type."""
+    saved = (
+        f"; {result.frames} frames were taken before, saved in "
+        f"{', '.join(str(p) for p in result.output)}"
+        if result.output
+        else ""
+    )
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, AutofocusError):
+        again = type(error)(f"{error}{saved}")
+    elif isinstance(error, RuntimeError | OSError | MemoryError):
+        again = HardwareError(f"{error}{saved}")
+    else:
+        return error
+    again.result = result  # type: ignore[attr-defined]
+    return again
+
+
+def autofocus(
+    core: CMMCorePlus,
+    settings: Mapping[str, Any] | AutofocusSettings | None = None,
+    *,
+    strategy: str | None = None,
+    on_look: Callable[[Look], None] | None = None,
+    **overrides: Any,
+) -> FocusResult:
+    """Focus once, where the stages stand, outside of any sequence.
+
+    Parameters
+    ----------
+    core : CMMCorePlus
+        The core.
+    settings : mapping or AutofocusSettings, optional
+        As ``metadata.mm_autofocus`` of a plan.
+    strategy : str, optional
+        Replaces the settings' strategy.
+    on_look : callable, optional
+        Called with each look after it was scored.
+    **overrides
+        Single settings: ``range_um=10``.
+
+    Returns
+    -------
+    FocusResult
+        If found, the stage stands at its ``z_um``; if not, where it stood before. Live
+        mode, camera, channel and shutter are as before.
+
+    Raises
+    ------
+    InputError
+        Settings or devices cannot work; nothing has moved.
+    HardwareError
+        A device failed; the stage has been sent back.
+
+    Examples
+    --------
+    >>> from mm_autofocus import autofocus
+    >>> result = autofocus(core, range_um=10)  # doctest: +SKIP
+    """
+    given = (
+        settings.model_dump(exclude_unset=True)
+        if isinstance(settings, AutofocusSettings)
+        else dict(settings or {})
+    )
+    if strategy is not None:
+        given["strategy"] = strategy
+    parsed = parse_settings({**given, **overrides}, where="autofocus")
+    check_looks(core, parsed)
+    rig = CoreRig(core, parsed)
+    ledger = Ledger(parsed, rig.position_um(), stage_limits_um=stage_limits_um(core))
+    ledger.check_home(ledger.z_run_start_um, "the focus stage stands where it may not")
+    request = ledger.request(Place({}, None), core.getPixelSizeUm())
+    chosen = build_strategy(parsed)
+    if chosen is None or parsed.strategy == "hardware":
+        raise InputError(
+            "strategy: 'hardware' is the core's own: call core.fullFocus(), or use it in a plan"
+        )
+    return drive(chosen, request, rig, backlash_um=parsed.backlash_um, on_look=on_look)

@@ -1,0 +1,303 @@
+"""The command line: ``mm-autofocus``.
+
+Exit codes: 0 done; 1 ran, but some tiles failed to focus; 2 bad input, nothing was moved
+or written; 3 hardware or I/O fault, with what was saved named.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+import yaml
+from rich.console import Console
+
+import mm_autofocus
+from mm_autofocus.errors import AutofocusError, InputError
+
+if TYPE_CHECKING:
+    from mm_autofocus.api import RunResult
+
+app = typer.Typer(
+    name="mm-autofocus",
+    help="Software autofocus for Micro-Manager.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+_state = {"debug": False}
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting (repeatable)."),
+]
+StrategyName = Annotated[str | None, typer.Option(help="Replace the plan's strategy.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an existing output.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"mm-autofocus {mm_autofocus.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks and log messages.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    del version
+    _state["debug"] = debug
+    if debug:
+        logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the file and the report.")
+    ] = Path("demo_output"),
+    strategy: StrategyName = None,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Focus a demo specimen, end to end, without hardware."""
+    from mm_autofocus.demo import run_demo
+
+    raise typer.Exit(run_demo(output, strategy, parse_sets(set_), as_json=json_))
+
+
+@app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(help="A useq plan, YAML or JSON.")],
+    config: Annotated[str, typer.Option(help="Micro-Manager .cfg, or a shipped one by name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="*.ome.tiff to write.")],
+    strategy: StrategyName = None,
+    set_: Sets = None,
+    overwrite: Overwrite = False,
+    split_positions: Annotated[bool, typer.Option(help="One file per position.")] = False,
+    compression: Annotated[str | None, typer.Option(help="zlib, lzw or zstd.")] = None,
+    json_: Json = False,
+) -> None:
+    """Run a plan with autofocus and save it as OME-TIFF."""
+    from mm_autofocus.config import open_core
+    from mm_autofocus.ometiff import OmeTiffSink
+    from mm_autofocus.plan import load_plan
+
+    sequence = load_plan(plan, strategy=strategy, overrides=parse_sets(set_))
+    options: dict[str, Any] = {
+        "overwrite": overwrite,
+        "split_positions": split_positions,
+        "compression": compression,
+    }
+    OmeTiffSink(output, **options).check()  # before a configuration wakes the devices
+    core = open_core(config)
+    try:
+        result = run_shown(sequence, core, output, as_json=json_, **options)
+    finally:
+        core.unloadAllDevices()
+    if json_:
+        _print_json(result.to_json())
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An OME-TIFF written by mm-autofocus.")],
+    repair: Annotated[
+        bool, typer.Option(help="Mend the file of a run that was killed, in place.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Show the autofocus record, from the file alone."""
+    from mm_autofocus.ometiff import read_record
+    from mm_autofocus.ometiff import repair as mend
+    from mm_autofocus.report import inspect_json, print_record
+
+    if repair:
+        mend(file)
+    record = read_record(file)
+    if json_:
+        _print_json(inspect_json(record))
+    else:
+        print_record(record, Console())
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Argument(help="An OME-TIFF written by mm-autofocus.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="*.html to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an HTML report: focus curves, focus map, tiles to distrust."""
+    from mm_autofocus.report import write_report
+
+    write_report(file, output, overwrite=overwrite)
+    typer.echo(f"report: {output}")
+
+
+@app.command()
+def replay(
+    stacks: Annotated[list[Path], typer.Argument(help="TIFF stacks, (Z, Y, X[, 3]).")],
+    strategy: Annotated[str, typer.Option(help="Who searches.")],
+    step_um: Annotated[float, typer.Option(help="Distance of the planes in µm.")],
+    start_um: Annotated[
+        float | None, typer.Option(help="Where the search begins; default: the middle plane.")
+    ] = None,
+    set_: Sets = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON line per file.")
+    ] = False,
+) -> None:
+    """Try a strategy offline, on recorded stacks."""
+    from mm_autofocus.replay import replay_file
+    from mm_autofocus.settings import parse_settings
+
+    given = {**parse_sets(set_), "strategy": strategy}
+    settings = parse_settings(given, where="--set")
+    failed = False
+    for path in stacks:
+        result, start = replay_file(path, settings, step_um=step_um, start_um=start_um)
+        failed |= not result.found
+        row = {
+            "file": str(path),
+            "start_um": start,
+            "z_um": result.z_um,
+            "looks": result.looks,
+            "moves": result.moves,
+            "status": result.status,
+            "expected_error_um": result.expected_error_um,
+            "score": result.score,
+            "reason": result.reason,
+            "strategy": result.strategy,
+            "curve": [list(p) for p in result.curve],
+        }
+        if json_:
+            _print_json(row, indent=None)
+        else:
+            z = "no focus" if result.z_um is None else f"z {result.z_um:.2f} µm"
+            error = result.expected_error_um
+            plus = "" if error is None else f" ± {error:.2f}"
+            why = f"  ({result.reason})" if result.reason else ""
+            typer.echo(f"{path}: {z}{plus}, {result.looks} looks, {result.status}{why}")
+    raise typer.Exit(1 if failed else 0)
+
+
+def run_shown(
+    sequence: Any, core: Any, output: Path | None, *, as_json: bool, **options: Any
+) -> RunResult:
+    """Run with a display on the console (stderr if stdout is kept for JSON)."""
+    from mm_autofocus.api import run as run_plan
+    from mm_autofocus.console import RunDisplay, tile_table
+    from mm_autofocus.plan import fresh
+
+    console = Console(stderr=as_json)
+    total = sum(1 for e in fresh(sequence) if e.action.type == "acquire_image")
+    with quiet_host(), RunDisplay(console, total, quiet=as_json) as display:
+
+        def on_frame(*_: Any) -> None:
+            display.frame()
+
+        core.mda.events.frameReady.connect(on_frame)
+        try:
+            result = run_plan(
+                sequence, core=core, output=output, on_engine=display.connect, **options
+            )
+        finally:
+            core.mda.events.frameReady.disconnect(on_frame)
+    if not as_json:
+        if console.is_terminal and result.records:
+            console.print(tile_table(result.records))
+        console.print(_summary(result), highlight=False, soft_wrap=True)
+    return result
+
+
+def _summary(result: RunResult) -> str:
+    lines = [
+        f"{result.frames} frames at {result.positions} positions, "
+        f"{result.exposures} exposures in all"
+    ]
+    if result.records:
+        ok = sum(r["status"] == "ok" for r in result.records)
+        lines.append(f"{ok} of {len(result.records)} searches ok, {len(result.failed)} failed")
+    if result.missing:
+        lines.append(f"{result.missing} frames are missing: the camera gave none")
+    if result.cancelled:
+        lines.append("cancelled; what was taken before is in the file")
+    lines += [f"data: {path}" for path in result.output]
+    return "\n".join(lines)
+
+
+@contextmanager
+def quiet_host() -> Iterator[None]:
+    """Keep the host's log messages off the console; its log file has them."""
+    host = logging.getLogger("pymmcore-plus")
+    consoles = [h for h in host.handlers if type(h) is not logging.FileHandler]
+    before = [(h, h.level) for h in consoles if not hasattr(h, "baseFilename")]
+    try:
+        if not _state["debug"]:
+            for handler, _ in before:
+                handler.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for handler, level in before:
+            handler.setLevel(level)
+
+
+def parse_sets(pairs: list[str] | None) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` pairs; values are YAML, so that ``[0, 0, 64, 64]`` is a list."""
+    values: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {pair}: must be KEY=VALUE, for example --set range_um=10")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--set {pair}: the value does not parse as YAML") from None
+    return values
+
+
+def _print_json(document: Any, indent: int | None = 2) -> None:
+    # plain print: rich would wrap and colour it
+    sys.stdout.write(json.dumps(document, indent=indent, ensure_ascii=False) + "\n")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the console script; never returns."""
+    try:
+        code = app(args=args, standalone_mode=False)
+    except AutofocusError as e:
+        if _state["debug"]:
+            raise
+        _complain(str(e))
+        code = e.exit_code
+    except click.ClickException as e:
+        e.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted")
+        code = 1
+    except Exception as e:
+        if _state["debug"]:
+            raise
+        _complain(f"{type(e).__name__}: {e} (mm-autofocus --debug … shows where)")
+        code = 3
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(sentence: str) -> None:
+    sys.stderr.write(f"mm-autofocus: {sentence}\n")

@@ -1,0 +1,135 @@
+"""What an operator sees while a run goes on: a live table on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from types import TracebackType
+
+    from mm_autofocus.hooks.pymmcore import AutofocusEngine
+
+__all__ = ["RunDisplay", "number", "tile_table"]
+
+_STYLE = {"ok": "green", "low-confidence": "yellow", "stale": "yellow", "failed": "red"}
+# A live table longer than the terminal flickers; the file and the report have all tiles.
+_LIVE_ROWS = 12
+
+Column = tuple[str, str]
+COLUMNS: tuple[Column, ...] = (
+    ("tile", "position"),
+    ("z before", "z_before_um"),
+    ("z after", "z_after_um"),
+    ("± µm", "expected_error_um"),
+    ("looks", "looks"),
+    ("moves", "moves"),
+    ("status", "status"),
+)
+"""Heading and key of a record, for the columns of every table of tiles."""
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """A value for a table: rounded if it is a float, ``–`` if it is None."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def tile_table(
+    records: Iterable[dict[str, Any]], columns: Sequence[Column] = COLUMNS, title: str = ""
+) -> Table:
+    """A table with one row per record of an autofocus."""
+    table = Table(title=title or None, title_justify="left")
+    for heading, key in columns:
+        text = key in {"position", "status", "kind"}
+        table.add_column(heading, justify="left" if text else "right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for record in records:
+        style = _STYLE.get(record.get("status", ""), "")
+        cells = [Text(number(record.get(key))) for _, key in columns]
+        for cell, (_, key) in zip(cells, columns, strict=True):
+            if key == "status":
+                cell.stylize(style)
+        table.add_row(*cells, record.get("reason") or "")
+    return table
+
+
+class RunDisplay:
+    """Shows the searches of one run as they end.
+
+    Parameters
+    ----------
+    console : rich.console.Console
+        Where to.
+    total_frames : int | None
+        How many frames the plan will take, if it is known.
+    quiet : bool
+        Show nothing.
+    """
+
+    def __init__(
+        self, console: Console, total_frames: int | None, *, quiet: bool = False
+    ) -> None:
+        self.console = console
+        self.quiet = quiet
+        self._rows: deque[dict[str, Any]] = deque(maxlen=_LIVE_ROWS)
+        self._engine: AutofocusEngine | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("frames", total=total_frames)
+        self._live: Live | None = None
+
+    def connect(self, engine: AutofocusEngine) -> None:
+        """Listen to an engine."""
+        self._engine = engine
+        engine.signals.finished.connect(self._finished)
+
+    def frame(self) -> None:
+        """One more frame was taken."""
+        self._progress.advance(self._task)
+        self._refresh()
+
+    def __enter__(self) -> RunDisplay:
+        if not self.quiet and self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=8, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _finished(self, record: dict[str, Any]) -> None:
+        self._rows.append(record)
+        if self._live is None and not self.quiet:
+            why = f"  {record['reason']}" if record["reason"] else ""
+            self.console.print(
+                f"{record['position']}: z {record['z_before_um']:.2f} → "
+                f"{record['z_after_um']:.2f} µm, {record['looks']} looks, "
+                f"{record['status']}{why}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(Group(tile_table(self._rows), self._progress))

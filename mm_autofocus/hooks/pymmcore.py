@@ -1,0 +1,440 @@
+"""The acquisition engine of pymmcore-plus, with software autofocus in it.
+
+`AutofocusEngine` is the stock engine for every plan without ``metadata.mm_autofocus``.
+With it, the stock autofocus events are answered by a strategy, and the correction reaches
+every later event of the position: stepped or hardware-sequenced z, all channels, all later
+time points.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import useq
+from pymmcore_plus.core._sequencing import SequencedEvent
+from pymmcore_plus.mda import MDAEngine, SkipEvent
+
+from mm_autofocus.drive import drive
+from mm_autofocus.errors import CancelledError, FocusFailedError
+from mm_autofocus.hooks.checks import check_plan, stage_limits_um
+from mm_autofocus.hooks.ledger import Ledger, Place
+from mm_autofocus.hooks.rig import CoreRig
+from mm_autofocus.hooks.signals import FocusSignals
+from mm_autofocus.hooks.thumbnail import thumbnail_png
+from mm_autofocus.plan import (
+    autofocus_plans,
+    fresh,
+    planned_home_um,
+    position_of,
+    settings_of,
+    z_offsets_um,
+)
+from mm_autofocus.strategies import build_strategy
+from mm_autofocus.types import FocusRequest, FocusResult, Look, Strategy
+
+if TYPE_CHECKING:
+    from pymmcore_plus import CMMCorePlus
+    from pymmcore_plus.mda._protocol import PImagePayload
+    from pymmcore_plus.metadata import SummaryMetaV1
+
+    from mm_autofocus.settings import AutofocusSettings
+
+__all__ = ["AutofocusEngine", "FrameSink"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.02
+
+
+class FrameSink(Protocol):
+    """Where the frames go; `ometiff.OmeTiffSink` is one."""
+
+    def setup(self, sequence: useq.MDASequence, meta: Any, **context: Any) -> None:
+        """Prepare for the frames of `sequence`."""
+        ...
+
+    def append(self, img: Any, event: useq.MDAEvent, meta: Any) -> None:
+        """Take one frame; may block, so that a slow disk slows the acquisition."""
+        ...
+
+    def skip(
+        self, event: useq.MDAEvent | None = None, *, frames: int = 1, record: Any = None
+    ) -> None:
+        """Note frames that will not come."""
+        ...
+
+    def close(self) -> None:
+        """Finish the file."""
+        ...
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the engine holds during one run of a plan with autofocus."""
+
+    sequence: useq.MDASequence
+    settings: AutofocusSettings
+    strategy: Strategy | None  # None: only the hardware's own
+    rig: CoreRig
+    ledger: Ledger
+    refocus_within_visit: bool
+    continuous_focus_was_on: bool = False
+    started_s: float = field(default_factory=time.perf_counter)
+
+    def now_s(self) -> float:
+        return time.perf_counter() - self.started_s
+
+
+class AutofocusEngine(MDAEngine):
+    """The stock engine with software autofocus.
+
+    ``core.mda.set_engine(AutofocusEngine(core))`` is all that a script needs.
+
+    Parameters
+    ----------
+    mmc : CMMCorePlus
+        The core.
+    sink : FrameSink, optional
+        Is given each frame, with its autofocus record, from within the acquisition.
+    **kwargs
+        As for `pymmcore_plus.mda.MDAEngine`.
+
+    Attributes
+    ----------
+    signals : FocusSignals
+        started, look, finished: for a GUI.
+    records : list of dict
+        The searches of the present or the last run.
+    frames, missing : int
+        Frames taken, and frames that a camera fault cost, in that run.
+    """
+
+    def __init__(
+        self, mmc: CMMCorePlus, *, sink: FrameSink | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(mmc, **kwargs)
+        self.signals = FocusSignals()
+        self.sink = sink
+        self.frames = 0
+        self.missing = 0
+        self.records: list[dict[str, Any]] = []
+        self._run: _Run | None = None
+
+    # ------------------------------------------------------ the host's protocol
+
+    def setup_sequence(self, sequence: useq.MDASequence) -> SummaryMetaV1 | None:
+        """Validate everything, then set up as the stock engine does.
+
+        Raises
+        ------
+        InputError
+            The plan, its settings or its devices cannot work; nothing has moved.
+        """
+        self._run = None
+        self.frames = self.missing = 0
+        self.records = []
+        settings = settings_of(sequence)
+        run = None if settings is None else self._prepare(sequence, settings)
+        meta = super().setup_sequence(sequence)
+        if self.sink is not None:
+            self.sink.setup(
+                sequence,
+                meta,
+                settings=None if settings is None else settings.model_dump(mode="json"),
+                optics=None
+                if settings is None
+                else settings.optics(self.mmcore.getPixelSizeUm()),
+            )
+        self._run = run
+        return meta
+
+    def event_iterator(self, events: Iterable[useq.MDAEvent]) -> Iterator[useq.MDAEvent]:
+        """Merge events for hardware sequencing, but never across two corrections."""
+        if self._run is None:
+            yield from super().event_iterator(events)
+            return
+        if isinstance(events, useq.MDASequence):
+            events = fresh(events)
+
+        def corrected_alike(event: useq.MDAEvent) -> tuple[int | None, int | None]:
+            return event.index.get("p"), event.index.get("g")
+
+        for _, group in itertools.groupby(events, key=corrected_alike):
+            yield from super().event_iterator(group)
+
+    def setup_event(self, event: useq.MDAEvent) -> None:
+        """Set the hardware for an event, shifted by the correction of its position."""
+        run = self._run
+        if run is None:
+            super().setup_event(event)
+            return
+        place = self._place(event)
+        if isinstance(event.action, useq.HardwareAutofocus):
+            if run.ledger.due(place, again=run.refocus_within_visit):
+                request = run.ledger.request(place, self.mmcore.getPixelSizeUm())
+                event = event.model_copy(update={"z_pos": request.z_start_um})
+                super().setup_event(event)
+            return
+        if _is_image(event) and run.ledger.skipped(place):
+            parts = _parts(event)
+            if self.sink is not None:
+                for part in parts:
+                    self.sink.skip(part, record=run.ledger.frame_record(place, run.now_s()))
+            raise SkipEvent(num_frames=len(parts), reason="not focused (on_failure: skip)")
+        super().setup_event(self._shifted(event, place))
+
+    def exec_event(self, event: useq.MDAEvent) -> Iterator[PImagePayload | None]:
+        """Focus, or take the event's frames."""
+        run = self._run
+        if run is not None and isinstance(event.action, useq.HardwareAutofocus):
+            place = self._place(event)
+            if run.ledger.due(place, again=run.refocus_within_visit):
+                self._focus(run, event, place)
+            return
+        if run is None and self.sink is None:
+            yield from super().exec_event(event) or ()
+            return
+        yield from self._frames_of(event)
+
+    def teardown_sequence(self, sequence: useq.MDASequence) -> None:
+        """Close the file, then restore as the stock engine does."""
+        run, self._run = self._run, None
+        try:
+            if self.sink is not None:
+                self.sink.close()
+        finally:
+            super().teardown_sequence(sequence)
+            if run is not None and run.continuous_focus_was_on:
+                self.mmcore.enableContinuousFocus(True)
+
+    # ------------------------------------------------------------------ frames
+
+    def _frames_of(self, event: useq.MDAEvent) -> Iterator[PImagePayload | None]:
+        """Pass the stock engine's frames on, each with its record, and to the sink."""
+        # a generator in the stock engine; the runner steers it through ours
+        frames = cast("Generator[Any, Any, None]", super().exec_event(event))
+        parts = _parts(event)
+        seen = 0
+        signal: Any = None
+        try:
+            while True:
+                payload = frames.send(signal)
+                if payload is None:
+                    self._missing(parts[min(seen, len(parts) - 1)])
+                else:
+                    self._keep(payload)
+                seen += 1
+                signal = yield payload
+        except StopIteration:
+            pass
+        if not seen and _is_image(event):
+            # the stock engine logs a failed exposure and goes on without a frame
+            for part in parts:
+                self._missing(part)
+
+    def _keep(self, payload: PImagePayload) -> None:
+        image, event, meta = payload
+        self.frames += 1
+        run = self._run
+        if run is not None:
+            extended: dict[str, Any] = meta  # type: ignore[assignment]
+            place = self._place(event)
+            record = run.ledger.frame_record(place, run.now_s())
+            if record is not None:
+                extended["mm_autofocus"] = record
+            if "position" not in extended:
+                # Hardware-sequenced frames come without; what was commanded is known.
+                extended["position"] = {
+                    "x": place.x_um,
+                    "y": place.y_um,
+                    "z": run.ledger.target_um(place, event.z_pos),
+                }
+        if self.sink is not None:
+            self.sink.append(image, event, meta)
+
+    def _missing(self, event: useq.MDAEvent) -> None:
+        self.missing += 1
+        if self.sink is not None:
+            self.sink.skip(event)
+
+    # ------------------------------------------------------------------- focus
+
+    def _prepare(self, sequence: useq.MDASequence, settings: AutofocusSettings) -> _Run:
+        """Check everything that can be checked, and build the strategy; move nothing."""
+        core = self.mmcore
+        check_plan(core, sequence, settings)
+        rig = CoreRig(core, settings)
+        ledger = Ledger(
+            settings,
+            z_run_start_um=rig.position_um(),
+            offsets_um=z_offsets_um(sequence),
+            stage_limits_um=stage_limits_um(core),
+        )
+        for i, position in enumerate(sequence.stage_positions):
+            if position.z is not None:
+                ledger.check_home(position.z, f"stage_positions[{i}]")
+        if not sequence.stage_positions or any(p.z is None for p in sequence.stage_positions):
+            ledger.check_home(ledger.z_run_start_um, "the focus stage stands where it may not")
+        if any(c.z_offset for c in sequence.channels) and sequence.z_plan is None:
+            logger.warning(
+                "channels have a z_offset, but the plan has no z_plan: useq ignores the offset; "
+                "add z_plan: {relative: [0]}"
+            )
+        axes = {axis for plan in autofocus_plans(sequence) for axis in plan.axes}
+        run = _Run(
+            sequence,
+            settings,
+            build_strategy(settings),
+            rig,
+            ledger,
+            refocus_within_visit=bool(axes & {"c", "z"}),
+        )
+        self.records = ledger.records
+        if settings.strategy != "hardware" and core.isContinuousFocusEnabled():
+            logger.warning(
+                "continuous focus of %r is switched off during the run: it would fight the "
+                "software autofocus",
+                core.getAutoFocusDevice(),
+            )
+            core.enableContinuousFocus(False)
+            run.continuous_focus_was_on = True
+        return run
+
+    def _place(self, event: useq.MDAEvent) -> Place:
+        assert self._run is not None
+        sequence, core = self._run.sequence, self.mmcore
+        index = {str(k): int(v) for k, v in event.index.items()}
+        x_um, y_um = event.x_pos, event.y_pos
+        if (x_um is None or y_um is None) and core.getXYStageDevice():
+            here = core.getXYPosition()
+            x_um = here[0] if x_um is None else x_um
+            y_um = here[1] if y_um is None else y_um
+        position = position_of(event, sequence)
+        name = event.pos_name or (position.name if position is not None else None)
+        if not name:
+            name = f"p{index.get('p', 0):03d}"
+        if "g" in index:
+            name += f" g{index['g']:03d}"
+        home = planned_home_um(event, sequence)
+        return Place(index, home, x_um or 0.0, y_um or 0.0, name)
+
+    def _shifted(self, event: useq.MDAEvent, place: Place) -> useq.MDAEvent:
+        """The event with its z, or its sequence of z, moved by the correction."""
+        assert self._run is not None
+        ledger = self._run.ledger
+        update: dict[str, Any] = {"z_pos": ledger.target_um(place, event.z_pos)}
+        if isinstance(event, SequencedEvent) and event.z_sequence:
+            update["z_sequence"] = tuple(ledger.target_um(place, z) for z in event.z_sequence)
+        return event.model_copy(update=update)
+
+    def _focus(self, run: _Run, event: useq.MDAEvent, place: Place) -> None:
+        """Focus one place, write it down, and follow the policy if it fails."""
+        try:
+            record = self._try(run, event, place)
+            if record["status"] != "failed":
+                return
+            what = f"{place.name}: not focused: {record['reason']}"
+            policy = run.settings.on_failure
+            logger.warning("%s (on_failure: %s)", what, policy)
+            if policy == "skip":
+                run.ledger.leave_out(place)
+            elif policy == "abort":
+                raise FocusFailedError(what)
+            elif policy == "pause":
+                self.mmcore.mda.set_paused(True)
+                self._checkpoint()  # waits for the operator
+                self._try(run, event, place, from_here=True)
+        except CancelledError:
+            logger.info(
+                "cancelled while focusing %s; the stage is back at its start", place.name
+            )
+
+    def _try(
+        self, run: _Run, event: useq.MDAEvent, place: Place, *, from_here: bool = False
+    ) -> dict[str, Any]:
+        core = self.mmcore
+        z_before = run.rig.position_um()
+        pixel_size_um = core.getPixelSizeUm()
+        # after a pause the operator may have moved the stage to where the tile is sharp
+        request = (
+            run.ledger.request_from(z_before, pixel_size_um)
+            if from_here
+            else run.ledger.request(place, pixel_size_um)
+        )
+        first: list[Look] = []
+
+        def on_look(look: Look) -> None:
+            first.append(look) if not first else None
+            self.signals.look.emit(look)
+
+        self.signals.started.emit(dict(place.index), request)
+        try:
+            result = self._search(run, event, request, on_look)
+        finally:
+            # Presets were set behind the back of the engine's cache of the last one.
+            core._last_config = ("", "")
+        record = run.ledger.enter(
+            place,
+            result,
+            z_before_um=z_before,
+            z_after_um=run.rig.position_um(),
+            now_s=run.now_s(),
+            thumbnail=thumbnail_png(first[0].image) if first else None,
+        )
+        self.signals.finished.emit(record)
+        return record
+
+    def _search(
+        self,
+        run: _Run,
+        event: useq.MDAEvent,
+        request: FocusRequest,
+        on_look: Callable[[Look], None],
+    ) -> FocusResult:
+        spent: FocusResult | None = None
+        if run.settings.strategy == "hardware":
+            assert isinstance(event.action, useq.HardwareAutofocus)
+            ask = functools.partial(self._execute_autofocus, event.action)
+            spent = run.rig.ask_hardware(request, ask)
+            self._af_succeeded = spent.found  # the stock engine re-engages by it
+            if spent.found or run.strategy is None:
+                return spent
+            logger.warning("hardware autofocus failed (%s); escalating", spent.reason)
+        assert run.strategy is not None
+        result = drive(
+            run.strategy,
+            request,
+            run.rig,
+            backlash_um=run.settings.backlash_um,
+            checkpoint=self._checkpoint,
+            on_look=on_look,
+        )
+        if spent is not None:
+            result.details["before"] = [{"strategy": "hardware", "reason": spent.reason}]
+        return result
+
+    def _checkpoint(self) -> None:
+        """Between two looks: wait while paused, stop if cancelled."""
+        runner = self.mmcore.mda
+        while True:
+            status = runner.status
+            if status.cancel_requested:
+                raise CancelledError("the run was cancelled")
+            if not status.pause_requested:
+                return
+            time.sleep(_POLL_S)
+
+
+def _is_image(event: useq.MDAEvent) -> bool:
+    return isinstance(event.action, useq.AcquireImage | None)
+
+
+def _parts(event: useq.MDAEvent) -> tuple[useq.MDAEvent, ...]:
+    """The single events of an event that may be hardware-sequenced."""
+    return event.events if isinstance(event, SequencedEvent) else (event,)

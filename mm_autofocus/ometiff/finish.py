@@ -1,0 +1,149 @@
+"""Closing a file, by its writer or by a repair: blank planes and the final OME-XML."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mm_autofocus.ometiff.frames import FORMAT, FrameRecord, Header, to_json
+from mm_autofocus.ometiff.layout import ImageLayout, Plan, blank_planes, lay_out
+from mm_autofocus.ometiff.model import FileFacts, build_ome, xml_bytes
+from mm_autofocus.ometiff.pages import PageWriter, overwrite_description
+
+__all__ = ["finish", "first_description", "page_tag"]
+
+logger = logging.getLogger(__name__)
+
+_BYTES_PER_PLANE = 420
+_BYTES_PER_FILE = 16 * 1024
+_MOST_RESERVED = 32 * 2**20
+
+
+def page_tag(
+    frame: FrameRecord | None,
+    *,
+    header: Header | None = None,
+    skipped: Sequence[FrameRecord] = (),
+) -> str:
+    """Value of the private tag: the frame (None: a page of zeros) and what goes with it.
+
+    Parameters
+    ----------
+    frame : FrameRecord | None
+        Of this page.
+    header : Header | None
+        On the first page.
+    skipped : sequence of FrameRecord
+        The frames left out since the page before.
+    """
+    content: dict[str, object] = {"mm_autofocus": FORMAT}
+    if frame is not None:
+        content["frame"] = frame.to_dict()
+    if header is not None:
+        content["header"] = header.to_dict()
+    if skipped:
+        content["skipped"] = [s.to_dict() for s in skipped]
+    return to_json(content)
+
+
+def first_description(header: Header, first: FrameRecord, planes: int | None) -> bytes:
+    """OME-XML while the file is being written: it describes the first frame only.
+
+    It is as long as the final one will probably be, so that this fits in its place and
+    a file can be closed even when the disk is full.
+
+    Parameters
+    ----------
+    header : Header
+        Of the file.
+    first : FrameRecord
+        The first frame; its page is 0.
+    planes : int | None
+        Planned in this file, if known.
+    """
+    facts = FileFacts(incomplete=True)
+    alone = FrameRecord.from_dict(first.to_dict())
+    alone.index = {k: v for k, v in first.index.items() if k in ("p", "g")}
+    alone.shape, alone.dtype, alone.page = first.shape, first.dtype, 0
+    model = build_ome(header, lay_out([alone]), {}, facts)
+    xml = xml_bytes(model)
+    more = _BYTES_PER_PLANE * (planes or 100) + len(to_json(header.summary))
+    return xml_bytes(model, at_least=len(xml) + _BYTES_PER_FILE + min(more, _MOST_RESERVED))
+
+
+def finish(
+    writer: PageWriter,
+    header: Header,
+    frames: Sequence[FrameRecord],
+    *,
+    skipped: Sequence[FrameRecord],
+    plan: Plan | None,
+    facts: FileFacts,
+    unsaid: Sequence[FrameRecord] = (),
+) -> list[ImageLayout]:
+    """Fill the holes, close the file and write its OME-XML.
+
+    All planes without data point at one page of zeros per kind of plane, so that a plan
+    with many holes costs no disk.
+
+    Parameters
+    ----------
+    writer : PageWriter
+        Open; closed on return.
+    header : Header
+        Of this file.
+    frames, skipped : sequence of FrameRecord
+        What is in the file, and what was left out on purpose.
+    plan : Plan | None
+        Of this file.
+    facts : FileFacts
+        What to say of the file; `error` means that there may be no room for more pages.
+    unsaid : sequence of FrameRecord
+        Those of `skipped` that no page has recorded yet.
+
+    Returns
+    -------
+    list of ImageLayout
+        As written.
+
+    Raises
+    ------
+    OSError
+        The OME-XML could not be written. All frames are in the file; `repair` may
+        complete it later.
+    """
+    images = lay_out(frames, skipped, plan)
+    blanks: dict[tuple[tuple[int, ...], str], int] = {}
+    try:
+        try:
+            rest = list(unsaid)
+            for shape, dtype in sorted(blank_planes(images)):
+                zeros = np.zeros(shape, np.dtype(dtype))
+                blanks[shape, dtype] = writer.add(zeros, page_tag(None, skipped=rest))
+                rest = []
+        except OSError as e:
+            logger.warning("%s: no room for a page of zeros (%s)", writer.path, e)
+            facts.error = facts.error or str(e)
+    finally:
+        writer.close()
+    write_description(writer.path, header, images, blanks, facts)
+    return images
+
+
+def write_description(
+    path: Path,
+    header: Header,
+    images: Sequence[ImageLayout],
+    blanks: dict[tuple[tuple[int, ...], str], int],
+    facts: FileFacts,
+) -> None:
+    """Write the final OME-XML, without the bulky parts if there is no room for them."""
+    try:
+        overwrite_description(path, xml_bytes(build_ome(header, images, blanks, facts)))
+    except OSError as e:
+        logger.warning("%s: no room for the whole OME-XML (%s)", path, e)
+        facts.brief, facts.error = True, facts.error or str(e)
+        overwrite_description(path, xml_bytes(build_ome(header, images, blanks, facts)))

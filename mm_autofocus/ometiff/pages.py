@@ -1,0 +1,261 @@
+"""A TIFF file that grows page by page and is whole after each of them.
+
+tifffile writes the bytes. It links a page before it has written it; a process that is
+killed in between would leave a link to nothing. :class:`PageFile` holds the link back
+until the page is complete, so that at every moment the file is a valid TIFF of all the
+pages committed so far.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import tifffile
+
+from mm_autofocus.ometiff.frames import PAGE_TAG
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from typing_extensions import Buffer
+
+__all__ = [
+    "COMPRESSIONS",
+    "DTYPES",
+    "Compression",
+    "PageFile",
+    "PageWriter",
+    "overwrite_description",
+]
+
+Compression = Literal["zlib", "lzw", "zstd"]
+COMPRESSIONS: tuple[str, ...] = ("zlib", "lzw", "zstd")
+
+DTYPES: dict[str, str] = {
+    "uint8": "uint8",
+    "uint16": "uint16",
+    "uint32": "uint32",
+    "int8": "int8",
+    "int16": "int16",
+    "int32": "int32",
+    "float32": "float",
+    "float64": "double",
+}
+"""NumPy dtypes that OME knows → their OME names."""
+
+_CLASSIC_LIMIT = 2**32 - 2**20
+"""Classic TIFF counts bytes with 32 bits; keep room for the last tags and the OME-XML."""
+
+
+class PageFile(io.FileIO):
+    """File whose earlier part is changed only by `commit`, after the new part is there.
+
+    Writes at or behind `committed` go straight to the operating system; writes before it
+    (the link from the last page to the next) wait for `commit`, or are forgotten by
+    `rollback`. Unbuffered: what was committed survives the death of the process.
+    """
+
+    def __init__(self, path: Path, mode: Literal["x+", "w+", "r+"]) -> None:
+        super().__init__(path, mode)
+        self.path = path
+        self.committed = self.seek(0, os.SEEK_END)
+        self._held: list[tuple[int, bytes]] = []
+        self._parked_at: int | None = None
+
+    def write(self, data: Buffer, /) -> int:
+        """Write all of `data`, or hold it back if it changes what is committed."""
+        view = memoryview(data).cast("B")
+        position = self.tell()
+        if position < self.committed:
+            self._held.append((position, bytes(view)))
+            self.seek(position + len(view))
+        else:
+            self._write_all(view)
+        return len(view)
+
+    def _write_all(self, view: memoryview) -> None:
+        while len(view):
+            view = view[super().write(view) or 0 :]
+
+    def commit(self) -> None:
+        """Make the pages written since the last commit part of the file."""
+        end = self.seek(0, os.SEEK_END)
+        for position, data in self._held:
+            self.seek(position)
+            self._write_all(memoryview(data))
+        self._held.clear()
+        self.committed = self.seek(end)
+
+    def rollback(self) -> None:
+        """Forget what was written since the last commit."""
+        self._held.clear()
+        self.truncate(self.committed)
+        self.seek(self.committed)
+
+    def park(self) -> None:
+        """Give the file descriptor back for a while; the next `unpark` goes on."""
+        if self._parked_at is None:
+            self._parked_at = self.tell()
+            self.close()
+
+    def unpark(self) -> None:
+        """Open again after `park`."""
+        if self._parked_at is not None:
+            super().__init__(self.path, "r+")
+            self.seek(self._parked_at)
+            self._parked_at = None
+
+
+class PageWriter:
+    """Appends pages to one TIFF file; each is in the file when `add` returns.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    mode : {"new", "replace", "append"}
+        ``append`` adds to an existing, whole TIFF.
+    bigtiff : bool
+        64-bit offsets. Ignored by ``append``.
+    compression : str | None
+        One of `COMPRESSIONS`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        mode: Literal["new", "replace", "append"] = "new",
+        bigtiff: bool = False,
+        compression: str | None = None,
+    ) -> None:
+        self.path = path
+        self.pages = 0
+        self._compression = compression
+        modes: dict[str, Literal["x+", "w+", "r+"]] = {
+            "new": "x+",
+            "replace": "w+",
+            "append": "r+",
+        }
+        self.file = PageFile(path, modes[mode])
+        try:
+            if mode == "append":
+                self.file.seek(0)
+                self._tiff = tifffile.TiffWriter(self.file, append="force", shaped=False)
+            else:
+                self._tiff = tifffile.TiffWriter(
+                    self.file, bigtiff=bigtiff, ome=False, shaped=False
+                )
+            self.file.commit()
+        except BaseException:
+            self.file.close()
+            raise
+        self.bigtiff = self._tiff.tiff.is_bigtiff
+
+    def add(
+        self,
+        image: npt.NDArray[Any],
+        tag: str,
+        *,
+        description: bytes | None = None,
+        pixel_size_um: float | None = None,
+    ) -> int:
+        """Append a page.
+
+        Parameters
+        ----------
+        image : numpy.ndarray
+            ``(Y, X)`` or ``(Y, X, 3)``.
+        tag : str
+            Value of the private tag, pure ASCII.
+        description : bytes | None
+            ImageDescription, UTF-8.
+        pixel_size_um : float | None
+            For the resolution tags.
+
+        Returns
+        -------
+        int
+            Index of the page.
+
+        Raises
+        ------
+        OSError
+            The disk is full or failed, or the file outgrew classic TIFF. The file is as
+            it was before the call.
+        """
+        self.file.unpark()
+        if not self.bigtiff and self.file.committed + image.nbytes > _CLASSIC_LIMIT:
+            raise OSError(
+                errno.EFBIG, "a TIFF without bigtiff cannot grow beyond 4 GiB", str(self.path)
+            )
+        value = tag.encode("ascii") + b"\0"
+        options: dict[str, Any] = {}
+        if pixel_size_um:
+            options["resolution"] = (1e4 / pixel_size_um, 1e4 / pixel_size_um)
+            options["resolutionunit"] = "CENTIMETER"
+        if self._compression is not None:
+            options["compression"] = self._compression
+            # differences compress better; readers agree on it only for small integers
+            options["predictor"] = image.dtype in (np.dtype("u1"), np.dtype("u2"))
+        if image.ndim == 3:
+            options["planarconfig"] = "contig"
+        done = False
+        try:
+            self._tiff.write(
+                image,
+                photometric="rgb" if image.ndim == 3 else "minisblack",
+                description=description,
+                metadata=None,
+                software=False,
+                contiguous=False,
+                extratags=[(PAGE_TAG, 2, len(value), value, False)],
+                **options,
+            )
+            self.file.commit()
+            done = True
+        finally:
+            if not done:
+                self.file.rollback()
+        self.pages += 1
+        return self.pages - 1
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self.file.unpark()
+        self._tiff.close()
+        self.file.close()
+
+
+def overwrite_description(path: Path, xml: bytes) -> None:
+    """Give the first page of `path` another ImageDescription.
+
+    In place where the old one was at least as long, else at the end of the file.
+
+    Raises
+    ------
+    OSError
+        There is no room for it. The old one is still there.
+    """
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tag = tif.pages.first.tags[270]
+        file = tif.filehandle
+        size = file.size
+        entry_size = 20 if tif.is_bigtiff else 12
+        file.seek(tag.offset)
+        entry = file.read(entry_size)
+        done = False
+        try:
+            tag.overwrite(xml)
+            file.flush()
+            done = True
+        finally:
+            if not done:  # tifffile has changed the entry before it wrote the value
+                with path.open("r+b", buffering=0) as raw:
+                    raw.truncate(size)
+                    raw.seek(tag.offset)
+                    raw.write(entry)

@@ -1,0 +1,263 @@
+"""Hill climbing on a model of the focus curve: the default, and the fewest looks.
+
+After each look the possible focus curves are narrowed down (see `_curve`), and the next
+look is taken where it is expected to teach most about where the peak is: at first in long
+strides, then across the peak, then near its top. It stops when the sharpness that it
+expects to lose at its best z is small, or the expected error is within the tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from typing import Final
+
+import numpy as np
+
+from mm_autofocus.metrics import FocusMeasure, compare_tiles
+from mm_autofocus.settings import AutofocusSettings
+from mm_autofocus.strategies._curve import CurvePosterior, Estimate
+from mm_autofocus.strategies._looks import SIGNIFICANT, ScoredLooks
+from mm_autofocus.types import FocusRequest, Look, Looking
+
+__all__ = ["HillClimb"]
+
+# Without a tolerance: sharpness that may be lost, in parts of the peak.
+_LOSS = 0.015
+# With one, a peak so flat that nothing is lost within it need not be known more closely.
+_NO_LOSS = 0.003
+
+# The answer must have a look near it (in half-widths) that is about as sharp as the best:
+# a model can put its peak into the dip between two.
+_NEAR = 0.5
+_AS_SHARP = 0.97
+
+# Sharpness that a peak beyond the limits may have over the answer.
+_EDGE_LOSS = 0.05
+
+# A look repeated at the same z may differ by so much of the contrast.
+_REPEATS = 0.35
+
+_FEWEST = 3
+_CANDIDATES = 33
+
+
+class HillClimb:
+    """Climb the focus curve with a model of its shape.
+
+    Parameters
+    ----------
+    settings : AutofocusSettings, optional
+        Focus measure and range; defaults if left out.
+
+    Notes
+    -----
+    It remembers the width of the last focus curve and expects the next to be similar.
+    """
+
+    name: Final = "hill-climb"
+
+    def __init__(self, settings: AutofocusSettings | None = None) -> None:
+        self._settings = settings or AutofocusSettings()
+        self.measure = FocusMeasure.from_settings(self._settings)
+        self._known_width_um: float | None = None
+
+    def focus(self, request: FocusRequest) -> Looking:
+        """Begin the search that `request` describes."""
+        return _Climb(self, request).run()
+
+    def expected_width(self, request: FocusRequest) -> tuple[float, float]:
+        """Half-width of the curve to be expected, in µm, and the spread of its logarithm."""
+        if self._known_width_um is not None:
+            return self._known_width_um, 0.5
+        # An operator who chooses the range knows the curve a little.
+        width = max(request.z_max_um - request.z_min_um, 1e-6) / 6
+        dof = request.optics.dof_um
+        if dof is not None:
+            width = min(width, 3 * dof)
+        return width, 1.0
+
+    def learn_width(self, width_um: float) -> None:
+        """Remember the width of a curve that was surely found."""
+        self._known_width_um = width_um
+
+
+class _Climb:
+    """One search."""
+
+    def __init__(self, owner: HillClimb, request: FocusRequest) -> None:
+        self.owner = owner
+        self.request = request
+        self.looks = ScoredLooks(owner.measure, request)
+        self.low, self.high = request.z_min_um, request.z_max_um
+        self.grain = 0.0  # how far the stage stood from where it was sent
+        width, spread = owner.expected_width(request)
+        self.posterior = CurvePosterior(
+            self.low, self.high, width, spread, prior=request.prior
+        )
+
+    def run(self) -> Looking:
+        request, looks = self.request, self.looks
+        if not self.high > self.low:
+            return (yield from self._no_room())
+        first = request.z_start_um if request.prior is None else request.prior.z_um
+        yield from self._look(first)
+        estimate = self._learn()
+        while looks.left > 0:
+            if len(looks) == 1:
+                z = self._stride(estimate)
+            elif looks.flat:
+                gap = looks.widest_gap()
+                if gap[1] <= self._resolved_um():
+                    return looks.failed(looks.why_flat())
+                z = gap[0]
+            else:
+                estimate = self._learn()
+                z_or_none = self._next(estimate)
+                if z_or_none is None:
+                    return (yield from self._finish(estimate))
+                z = z_or_none
+            yield from self._look(z)
+        if looks.flat:
+            return looks.failed(looks.why_flat())
+        return (yield from self._finish(self._learn()))
+
+    def _look(self, z_um: float) -> Generator[float, Look, None]:
+        z_um = min(max(z_um, self.low), self.high)
+        look = yield z_um
+        self.looks.add(look)
+        self.grain = max(self.grain, abs(look.z_um - z_um))
+
+    def _learn(self) -> Estimate:
+        looks = self.looks
+        return self.posterior.update(looks.z, np.maximum(looks.scores, 0.0), looks.noise())
+
+    def _no_room(self) -> Looking:
+        yield from self._look(self.low)
+        return self.looks.failed("the limits leave no room for a search")
+
+    # -- where to look next ------------------------------------------------------------
+
+    def _stride(self, estimate: Estimate) -> float:
+        """The second look, of which the first says nothing: towards the wider side."""
+        here = self.looks.best.z_um
+        step = self.request.step_um
+        if step is None:
+            z = self._most_worth(estimate)
+            return self.looks.widest_gap()[0] if z is None else z
+        up = self.high - here >= here - self.low
+        return here + step if up else here - step
+
+    def _next(self, estimate: Estimate) -> float | None:
+        """z of the next look; None if no further look is needed, or would teach anything."""
+        if len(self.looks) >= _FEWEST and self._sure(estimate):
+            if self._supported(estimate) or self._seen(estimate.z_um, estimate):
+                return None
+            return estimate.z_um
+        return self._most_worth(estimate)
+
+    def _sure(self, estimate: Estimate) -> bool:
+        tolerance = self.request.effective_tolerance_um
+        if tolerance is None:
+            return estimate.loss <= _LOSS
+        return estimate.sd_um <= tolerance or estimate.loss <= _NO_LOSS
+
+    def _supported(self, estimate: Estimate) -> bool:
+        best = self.looks.best.score
+        return any(
+            look.score >= _AS_SHARP * best
+            and abs(look.z_um - estimate.z_um) <= _NEAR * estimate.width_um
+            for look in self.looks.looks
+        )
+
+    def _seen(self, z_um: float, estimate: Estimate) -> bool:
+        """Whether a look at `z_um` would show nothing that was not seen."""
+        return bool(np.min(np.abs(self.looks.z - z_um)) <= self._apart_um(estimate))
+
+    def _apart_um(self, estimate: Estimate) -> float:
+        return max(0.1 * estimate.width_um, 1.2 * self.grain, 1e-3)
+
+    def _most_worth(self, estimate: Estimate) -> float | None:
+        near = 2 * estimate.sd_um
+        candidates = np.concatenate(
+            [
+                np.linspace(self.low, self.high, _CANDIDATES),
+                np.clip(
+                    np.linspace(estimate.z_um - near, estimate.z_um + near, _CANDIDATES // 2),
+                    self.low,
+                    self.high,
+                ),
+            ]
+        )
+        distance = np.abs(candidates[:, None] - self.looks.z[None, :]).min(1)
+        candidates = candidates[distance > self._apart_um(estimate)]
+        if not candidates.size:
+            return None
+        worth = self.posterior.worth(candidates)
+        return float(candidates[int(np.argmax(worth))])
+
+    def _resolved_um(self) -> float:
+        """Gap between flat looks in which no peak is expected to hide."""
+        gap = (self.high - self.low) / 8
+        dof = self.request.optics.dof_um
+        if dof is not None:
+            gap = min(gap, max(6 * dof, (self.high - self.low) / 16))
+        return gap * 1.01
+
+    # -- the answer --------------------------------------------------------------------
+
+    def _finish(self, estimate: Estimate) -> Looking:
+        looks = self.looks
+        if looks.weak:
+            doubt = yield from self._repeat()
+            if doubt:
+                return looks.failed(doubt)
+            estimate = self._learn()
+        z, error, score = estimate.z_um, estimate.sd_um, estimate.score
+        doubt = ""
+        if not self._supported(estimate):
+            z, score = looks.best.z_um, looks.best.score
+            error = math.hypot(error, z - estimate.z_um)
+            doubt = "the focus curve has not one peak; this is the best look"
+        elif estimate.loss_beyond > _EDGE_LOSS:
+            edge = self.low if z - self.low < self.high - z else self.high
+            doubt = f"the peak may lie beyond the limit of the search, {edge:.6g} µm"
+        elif not self._sure(estimate):
+            if looks.left <= 0:
+                doubt = f"the budget of {self.request.max_looks} looks ran out"
+            else:
+                doubt = "further looks would not bring it within the tolerance"
+        if not doubt:
+            self.owner.learn_width(estimate.width_um)
+        return looks.found(
+            z,
+            expected_error_um=error,
+            score=score,
+            doubt=doubt,
+            width_um=round(estimate.width_um, 4),
+            expected_loss=round(estimate.loss, 5),
+        )
+
+    def _repeat(self) -> Generator[float, Look, str]:
+        """Look again at the best and the worst z; a clause if they do not repeat.
+
+        A lamp that flickers or drifts moves the whole image, and gives each look another
+        score at the same z.
+        """
+        looks = self.looks
+        best, worst = looks.best, looks.worst
+        if looks.left < 2:
+            return "the contrast is weak, and the budget leaves no looks to repeat it"
+        yield from self._look(best.z_um)
+        yield from self._look(worst.z_um)
+        again_best, again_worst = looks.looks[-2:]
+        contrast = best.score - worst.score
+        moved = max(abs(again_best.score - best.score), abs(again_worst.score - worst.score))
+        if moved > _REPEATS * contrast:
+            return (
+                "the score changes by itself between looks at the same z "
+                "(does the lamp flicker, drift or bleach?)"
+            )
+        if compare_tiles(again_best.tiles, again_worst.tiles) < SIGNIFICANT / 2:
+            return looks.why_flat()
+        return ""

@@ -1,0 +1,48 @@
+"""Real parts for the tests: the DemoCamera adapters, with Waves or Beads that follow z."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pymmcore_plus import CMMCorePlus
+
+from mm_autofocus.config import open_core
+
+ROOT = Path(__file__).parent.parent
+PLANS = ROOT / "acquisition_plans"
+
+
+@pytest.fixture
+def make_core() -> Iterator[Callable[..., CMMCorePlus]]:
+    """Opens cores on the demo adapters and closes them explicitly."""
+    cores: list[CMMCorePlus] = []
+
+    def make(mode: str = "Fluorescent Beads", z_um: float = 0.0) -> CMMCorePlus:
+        core = open_core("demo_camera.cfg")
+        cores.append(core)
+        core.setProperty("Camera", "Mode", mode)
+        core.setExposure(1)
+        core.setZPosition(z_um)
+        return core
+
+    yield make
+    for core in cores:
+        core.mda.cancel()
+        core.unloadAllDevices()
+
+
+@pytest.fixture
+def core(make_core: Callable[..., CMMCorePlus]) -> CMMCorePlus:
+    return make_core()
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of recorded stacks; tests that need it are skipped where it is absent."""
+    root = Path(os.environ.get("MM_AUTOFOCUS_DATA", ROOT.parent / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"no recorded stacks in {root} (set MM_AUTOFOCUS_DATA)")
+    return root
