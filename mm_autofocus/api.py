@@ -17,7 +17,7 @@ from mm_autofocus.hooks.rig import CoreRig
 from mm_autofocus.ometiff import OmeTiffSink
 from mm_autofocus.plan import PlanLike, load_plan, settings_of
 from mm_autofocus.settings import AutofocusSettings, parse_settings
-from mm_autofocus.strategies import build_strategy
+from mm_autofocus.strategies.escalate import build_strategy
 from mm_autofocus.types import FocusResult, Look
 
 if TYPE_CHECKING:

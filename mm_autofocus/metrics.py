@@ -23,10 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import cv2
 import numpy as np
+from scipy.special import bdtrc, ndtri
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.registry import METRICS
@@ -438,38 +440,52 @@ def noise_variance(image: Image) -> float:
     return _finite(float(np.percentile(blocks, 10)) / 36.0 / _NOISE_BIAS)
 
 
-def compare_tiles(a: Floats, b: Floats) -> float:
-    """By how many standard deviations of their noise `a` exceeds `b` on average.
+def compare_tiles(a: Floats, b: Floats, least: float = 0.0) -> float:
+    """By how many standard deviations of their noise `a` exceeds `b`.
 
     The tiles of two looks at the same field are compared one by one, so that the specimen,
     which both share, drops out; what is left scatters about 0 if the looks differ by
-    noise alone. The scatter is measured by the median absolute deviation: one tile with
-    the only object of the field then stands out of the noise instead of adding to it.
+    noise alone. Two tests ask whether it does, and the surer one counts:
+
+    - the mean difference in units of its standard error, from the median absolute
+      deviation: one tile with the only object of the field stands out of such noise
+      instead of adding to it;
+    - the signs of the differences: a change that all tiles share is no noise, however
+      different its size from tile to tile.
 
     Parameters
     ----------
     a, b : numpy.ndarray
         Scores of the same tiles in two looks, from `FocusMeasure.tile_scores`.
+    least : float
+        Scatter of one tile below which no estimate is believed: what a few pixels that
+        change by one grey level make.
 
     Returns
     -------
     float
-        About normal with mean 0 and standard deviation 1 if the looks differ by noise
-        alone; infinite where they differ without any noise, 0 where they are equal.
+        About normal with mean 0 and a standard deviation a little above 1 if the looks
+        differ by noise alone; infinite where they differ without any, 0 where they are
+        equal.
     """
     d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    mean, sd = float(d.mean()), noise_of_tiles(d)
+    mean = float(d.mean())
     if mean == 0.0:
         return 0.0
-    return mean / sd if sd > 0 else math.copysign(math.inf, mean)
+    error = max(noise_of_tiles(d), least / math.sqrt(d.size))
+    by_size = abs(mean) / error if error > 0 else math.inf
+    moved = d[np.abs(d) > least]
+    agree = int(np.count_nonzero(np.sign(moved) == np.sign(mean)))
+    # probability that so many of so many coins fall alike
+    chance = float(bdtrc(agree - 1, moved.size, 0.5)) if agree else 1.0
+    return math.copysign(max(by_size, -float(ndtri(chance))), mean)
 
 
 def noise_of_tiles(d: Floats) -> float:
-    """Standard deviation of the mean of tile scores `d` by their scatter, robustly.
+    """Standard error of the mean of tile differences `d`, from their scatter, robustly.
 
-    Few tiles can agree by chance: below 16, the estimate is enlarged to the quantile of
-    Student's distribution that a normal one has at six standard deviations, at most to
-    ten times.
+    Few tiles can agree by chance: below 16, the estimate is enlarged, to ten times for
+    two.
     """
     n = d.size
     if n < 2:
@@ -535,7 +551,7 @@ class FocusMeasure:
         InputError
             Another shape, or the region is not inside the image.
         """
-        a = np.asarray(image)
+        a: npt.NDArray[Any] = np.asarray(image)
         if a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[2] != 3):
             raise InputError(f"image: (Y, X) or (Y, X, 3) is needed, not the shape {a.shape}")
         if a.size == 0:
@@ -606,7 +622,8 @@ class FocusMeasure:
 
 
 def _mean(grey: Image) -> float:
-    return float(np.mean(grey, dtype=np.float64))
+    a: npt.NDArray[Any] = grey
+    return float(np.mean(a, dtype=np.float64))
 
 
 def _tiles(grey: Image, n: int) -> list[Image]:
@@ -620,6 +637,6 @@ def _tiles(grey: Image, n: int) -> list[Image]:
     columns = np.linspace(0, grey.shape[1], n + 1).astype(int)
     return [
         grey[top:bottom, left:right]
-        for top, bottom in zip(rows[:-1], rows[1:], strict=True)
-        for left, right in zip(columns[:-1], columns[1:], strict=True)
+        for top, bottom in pairwise(rows)
+        for left, right in pairwise(columns)
     ]

@@ -106,18 +106,15 @@ def fresh(sequence: useq.MDASequence) -> useq.MDASequence:
     useq's `AxesBasedAF` remembers the last index across iterations: a second run of the
     same sequence, or ``list(sequence)`` before the run, would lose autofocus events.
     """
-    update: dict[str, Any] = {"autofocus_plan": _fresh_af(sequence.autofocus_plan)}
-    if any(p.sequence and p.sequence.autofocus_plan for p in sequence.stage_positions):
-        update["stage_positions"] = tuple(
-            p.model_copy(update={"sequence": fresh(p.sequence)}) if p.sequence else p
-            for p in sequence.stage_positions
-        )
-    return sequence.model_copy(update=update)
-
-
-def _fresh_af(plan: useq.AxesBasedAF | None) -> useq.AxesBasedAF | None:
-    # by its fields, not by a copy: copies keep the private memory
-    return None if plan is None else type(plan)(**plan.model_dump())
+    for plan in autofocus_plans(sequence):
+        # An event without an index makes a plan forget; useq caches the positions, so that
+        # the plans of theirs cannot be replaced by copies.
+        plan.should_autofocus(useq.MDAEvent())
+    plan = sequence.autofocus_plan
+    if plan is None:
+        return sequence
+    # Its own memory, so that listing the plan elsewhere does not disturb a run.
+    return sequence.model_copy(update={"autofocus_plan": type(plan)(**plan.model_dump())})
 
 
 def autofocus_plans(sequence: useq.MDASequence) -> Iterator[useq.AxesBasedAF]:
@@ -165,7 +162,7 @@ def z_offsets_um(sequence: useq.MDASequence) -> tuple[float, float]:
     low = high = 0.0
     plans = [
         sequence.z_plan,
-        *(p.sequence.z_plan for p in sequence.stage_positions if p.sequence),
+        *(p.sequence.z_plan for p in sequence.stage_positions if p.sequence is not None),
     ]
     for plan in plans:
         if plan is None or not plan.is_relative:

@@ -153,7 +153,11 @@ def test_defocus_neither_makes_nor_loses_light():
     light = [imager.image(d).mean() for d in (-20, -5, -1, 0, 1, 5, 20)]
     assert np.ptp(light) / light[0] < 1e-5
     fluo = FluorescenceImager(
-        [speckle().astype(np.float32)], [0.0], pitch_um=PITCH, wavelength_um=0.5, lens=Lens(0.75)
+        [speckle().astype(np.float32)],
+        [0.0],
+        pitch_um=PITCH,
+        wavelength_um=0.5,
+        lens=Lens(0.75),
     )
     total = [fluo.image(d).mean() for d in (-5, 0, 5)]
     assert np.ptp(total) / total[0] < 1e-5
@@ -265,7 +269,9 @@ def test_axial_colour_turns_the_order_of_the_channels_across_focus():
     assert best[0.62] - best[0.46] == pytest.approx(0.6 * 0.16 / 0.2, abs=0.01)
     contrast = {}
     for lam in (0.46, 0.62):
-        imager = thin(transmission(speckle(scale=0.5), np.zeros((N, N)), lam), lens, wavelength=lam)
+        imager = thin(
+            transmission(speckle(scale=0.5), np.zeros((N, N)), lam), lens, wavelength=lam
+        )
         contrast[lam] = [imager.image(d).std() / imager.image(0).std() for d in (-2.0, 2.0)]
     assert contrast[0.46][0] > contrast[0.62][0]  # below focus blue is the sharper one
     assert contrast[0.46][1] < contrast[0.62][1]

@@ -25,7 +25,7 @@ from mm_autofocus.hooks.checks import check_looks, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.rig import CoreRig
 from mm_autofocus.settings import KEY, AutofocusSettings, parse_settings
-from mm_autofocus.strategies import build_strategy
+from mm_autofocus.strategies.escalate import build_strategy
 from mm_autofocus.types import FocusRequest, FocusResult, Image
 
 __all__ = ["TAGS_KEY", "AutofocusHook", "autofocus_hook", "record_of"]

@@ -35,7 +35,7 @@ from mm_autofocus.plan import (
     settings_of,
     z_offsets_um,
 )
-from mm_autofocus.strategies import build_strategy
+from mm_autofocus.strategies.escalate import build_strategy
 from mm_autofocus.types import FocusRequest, FocusResult, Look, Strategy
 
 if TYPE_CHECKING:
@@ -309,6 +309,7 @@ class AutofocusEngine(MDAEngine):
     def _place(self, event: useq.MDAEvent) -> Place:
         assert self._run is not None
         sequence, core = self._run.sequence, self.mmcore
+        event = _parts(event)[0]  # a hardware sequence itself has no index
         index = {str(k): int(v) for k, v in event.index.items()}
         x_um, y_um = event.x_pos, event.y_pos
         if (x_um is None or y_um is None) and core.getXYStageDevice():

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy.typing as npt
 
+from mm_autofocus.ometiff.annotations import FileFacts
 from mm_autofocus.ometiff.finish import finish, first_description, page_tag
 from mm_autofocus.ometiff.frames import Focus, FrameRecord, Header
 from mm_autofocus.ometiff.layout import Plan
-from mm_autofocus.ometiff.model import FileFacts
 from mm_autofocus.ometiff.pages import PageWriter
 
 __all__ = ["SUFFIXES", "FileSet", "Naming"]
@@ -167,8 +167,9 @@ class FileSet:
             pixel_size_um=frame.pixel_size_um or file.header.pixel_size_um,
         )
         for record in (frame, *unsaid):
-            if record.focus is not None:
-                record.focus.pop("thumbnail", None)  # the page has it; memory is bounded
+            record.tag_page = frame.page
+            if record.focus is not None and record.focus.get("thumbnail"):
+                record.focus["thumbnail"] = True  # the page has it; memory is bounded
         file.focus_ids, file.said = focus_ids, len(file.skipped)
         file.frames.append(frame)
         if self._naming.split:
@@ -187,6 +188,10 @@ class FileSet:
         OSError | None
             Why a file could not be completed.
         """
+        if self._files:
+            for position in sorted({frame.at("p") for frame in self._homeless}):
+                path = self._naming.file(position)
+                logger.warning("%s: there is no such file: all frames were skipped", path)
         unfinished: OSError | None = None
         for part, file in list(self._files.items()):
             if not file.frames:  # its first page failed: there is nothing in it

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mm_autofocus.ometiff.annotations import FileFacts
 from mm_autofocus.ometiff.frames import FORMAT, FrameRecord, Header, to_json
 from mm_autofocus.ometiff.layout import ImageLayout, Plan, blank_planes, lay_out
-from mm_autofocus.ometiff.model import FileFacts, build_ome, xml_bytes
+from mm_autofocus.ometiff.model import ome_xml
 from mm_autofocus.ometiff.pages import PageWriter, overwrite_description
 
 __all__ = ["finish", "first_description", "page_tag"]
@@ -67,11 +68,11 @@ def first_description(header: Header, first: FrameRecord, planes: int | None) ->
     facts = FileFacts(incomplete=True)
     alone = FrameRecord.from_dict(first.to_dict())
     alone.index = {k: v for k, v in first.index.items() if k in ("p", "g")}
-    alone.shape, alone.dtype, alone.page = first.shape, first.dtype, 0
-    model = build_ome(header, lay_out([alone]), {}, facts)
-    xml = xml_bytes(model)
+    alone.shape, alone.dtype = first.shape, first.dtype
+    alone.page = alone.tag_page = 0
     more = _BYTES_PER_PLANE * (planes or 100) + len(to_json(header.summary))
-    return xml_bytes(model, at_least=len(xml) + _BYTES_PER_FILE + min(more, _MOST_RESERVED))
+    more += len(to_json(header.plan)) + len(to_json(header.settings)) + _BYTES_PER_FILE
+    return ome_xml(header, lay_out([alone]), {}, facts, at_least=min(more, _MOST_RESERVED))
 
 
 def finish(
@@ -122,7 +123,9 @@ def finish(
             rest = list(unsaid)
             for shape, dtype in sorted(blank_planes(images)):
                 zeros = np.zeros(shape, np.dtype(dtype))
-                blanks[shape, dtype] = writer.add(zeros, page_tag(None, skipped=rest))
+                page = blanks[shape, dtype] = writer.add(zeros, page_tag(None, skipped=rest))
+                for record in rest:
+                    record.tag_page = page
                 rest = []
         except OSError as e:
             logger.warning("%s: no room for a page of zeros (%s)", writer.path, e)
@@ -142,8 +145,8 @@ def write_description(
 ) -> None:
     """Write the final OME-XML, without the bulky parts if there is no room for them."""
     try:
-        overwrite_description(path, xml_bytes(build_ome(header, images, blanks, facts)))
+        overwrite_description(path, ome_xml(header, images, blanks, facts))
     except OSError as e:
         logger.warning("%s: no room for the whole OME-XML (%s)", path, e)
         facts.brief, facts.error = True, facts.error or str(e)
-        overwrite_description(path, xml_bytes(build_ome(header, images, blanks, facts)))
+        overwrite_description(path, ome_xml(header, images, blanks, facts))

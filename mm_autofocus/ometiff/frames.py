@@ -110,6 +110,9 @@ class FrameRecord:
         NumPy name.
     page : int
         Index of its page; -1 for a frame that was not taken.
+    tag_page : int
+        Index of the page whose private tag has this record: its own, or for a frame
+        that was not taken the next one.
     """
 
     index: dict[str, int]
@@ -126,6 +129,7 @@ class FrameRecord:
     shape: tuple[int, ...] = ()
     dtype: str = ""
     page: int = -1
+    tag_page: int = -1
 
     @property
     def key(self) -> ImageKey:
@@ -153,7 +157,9 @@ class FrameRecord:
 
 
 _WRITTEN = tuple(
-    f.name for f in fields(FrameRecord) if f.name not in ("index", "shape", "dtype", "page")
+    f.name
+    for f in fields(FrameRecord)
+    if f.name not in ("index", "shape", "dtype", "page", "tag_page")
 )
 
 

@@ -1,96 +1,49 @@
-"""The OME-XML of a file, built with ome-types from the header and the layout."""
+"""The OME-XML of a file, from its header and its layout.
+
+The model is built with ome-types, but for the two elements that each plane has
+(`TiffData`, `Plane`): they hold numbers only, and 20 000 of them take ten times longer
+as objects than as text.
+"""
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import ome_types.model as ome
 
-from mm_autofocus.ometiff.frames import NAMESPACE, Focus, FrameRecord, Header, finite, to_json
-from mm_autofocus.ometiff.layout import Gap, ImageLayout, PlaneIndex
+from mm_autofocus.ometiff.annotations import (
+    FileFacts,
+    Links,
+    link,
+    structured_annotations,
+    text,
+)
+from mm_autofocus.ometiff.frames import FrameRecord, Header, finite
+from mm_autofocus.ometiff.layout import ImageLayout, PlaneIndex
 from mm_autofocus.ometiff.pages import DTYPES
 
-__all__ = ["FileFacts", "build_ome", "xml_bytes"]
+__all__ = ["ome_xml"]
 
 _DECLARATION = b'<?xml version="1.0" encoding="UTF-8"?>\n'
-_END = b"</OME>"
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-_GAP_NOTES: dict[Gap, str] = {
-    "skipped": "Left out on purpose; zero-filled, not data.",
-    "missing": "Planned but never taken; zero-filled, not data.",
-    "not planned": "The plan has no frame here; zero-filled, not data.",
-}
+_END = "</OME>"
+_PIXELS_END = "</Pixels>"
 
 Blanks = Mapping[tuple[tuple[int, ...], str], int]
 """``(shape, dtype)`` → page of zeros that stands for the planes without data."""
 
 
-@dataclass(slots=True)
-class FileFacts:
-    """What is said of the file as a whole.
-
-    Attributes
-    ----------
-    incomplete : bool
-        The file is still being written, or its writer was killed.
-    repaired : str
-        When it was repaired, ISO 8601; "" if it never was.
-    error : str
-        The fault that ended the writing; "".
-    brief : bool
-        Leave out what needs most room (focus curves, the state of the microscope);
-        the pages keep it.
-    """
-
-    incomplete: bool = False
-    repaired: str = ""
-    error: str = ""
-    brief: bool = False
-
-
-@dataclass(slots=True)
-class _FocusUse:
-    """A focus record and the planes that stand on it."""
-
-    number: int
-    record: Focus
-    first: FrameRecord
-    planes: list[tuple[int, int, int, int, str | None, float | None]] = field(
-        default_factory=list
-    )
-    images: set[int] = field(default_factory=set)
-
-    @property
-    def id(self) -> str:
-        return f"Annotation:focus-{self.number}"
-
-
-def _text(value: Any) -> str:
-    """`value` as a string that XML can hold."""
-    if value is None:
-        return ""
-    if isinstance(value, dict | list | tuple):
-        return to_json(value)
-    return _NOT_XML.sub("\ufffd", str(value))
-
-
-def _map(annotation_id: str, namespace: str, content: Mapping[str, Any]) -> ome.MapAnnotation:
-    pairs = [ome.Map.M(k=_text(k), value=_text(v)) for k, v in content.items()]
-    return ome.MapAnnotation(id=annotation_id, namespace=namespace, value=ome.Map(ms=pairs))
-
-
-def build_ome(
+def ome_xml(
     header: Header,
     images: Sequence[ImageLayout],
     blanks: Blanks,
     facts: FileFacts,
-) -> ome.OME:
-    """Build the OME model.
+    *,
+    at_least: int = 0,
+) -> bytes:
+    """Build the OME-XML.
 
     Parameters
     ----------
@@ -103,242 +56,111 @@ def build_ome(
         readers fill it with zeros themselves.
     facts : FileFacts
         What to say of the file.
+    at_least : int
+        White space before the end makes the text so many bytes long.
+
+    Returns
+    -------
+    bytes
+        UTF-8.
     """
-    uses = _focus_uses(images)
-    by_frame = {(i, t, c, z): use for use in uses for (i, t, c, z, _status, _age) in use.planes}
-    gap_ids: dict[Gap, str] = {}
-    for image in images:
-        for reason, _record in image.gaps.values():
-            gap_ids.setdefault(reason, f"Annotation:gap-{reason.replace(' ', '-')}")
-    status_ids = {
-        status: f"Annotation:status-{i}"
-        for i, status in enumerate(
-            sorted(
-                {p[4] for use in uses for p in use.planes if p[4] not in (None, "ok")}, key=str
-            )
-        )
-    }
+    links = link(images)
+    shell = _model(header, images, links, facts).to_xml(indent=0).strip()
+    before, *after = shell.split(_PIXELS_END)  # in text and attributes "<" is escaped
+    parts = [before]
+    for i, (image, rest) in enumerate(zip(images, after, strict=True)):
+        parts += [*_planes(i, image, blanks, links), _PIXELS_END, rest]
+    parts[-1] = parts[-1].removesuffix(_END)
+    xml = _DECLARATION + "".join(parts).encode("utf-8")
+    return xml + b" " * (at_least - len(xml) - len(_END)) + _END.encode("ascii")
+
+
+def _model(
+    header: Header, images: Sequence[ImageLayout], links: Links, facts: FileFacts
+) -> ome.OME:
+    """Build everything but the planes."""
     cameras = sorted({camera for image in images for camera in image.cameras if camera})
     detectors = {camera: f"Detector:{i}" for i, camera in enumerate(cameras)}
     objective = _objective(header)
-
-    ome_images = []
-    for i, image in enumerate(images):
-        refs = [use.id for use in uses if i in use.images]
-        pixels = _pixels(i, image, header, blanks, by_frame, gap_ids, status_ids, detectors)
-        ome_images.append(
-            _image(i, image, header, facts, pixels, refs, objective is not None, gap_ids)
-        )
-
-    maps = [_focus_annotation(use, facts) for use in uses]
-    maps += [
-        _map(
-            annotation_id,
-            f"{NAMESPACE}.missing",
-            {"reason": reason, "note": _GAP_NOTES[reason]},
-        )
-        for reason, annotation_id in gap_ids.items()
-    ]
-    maps += _file_annotations(header, images, facts)
-    tags = [
-        ome.TagAnnotation(
-            id=annotation_id, namespace=f"{NAMESPACE}.status", value=_text(status)
-        )
-        for status, annotation_id in status_ids.items()
-    ]
-    instrument: dict[str, Any] = {}
-    if detectors or objective is not None:
-        instrument["instruments"] = [
+    instruments = []
+    if detectors or objective:
+        instruments = [
             ome.Instrument(
                 id="Instrument:0",
-                detectors=[ome.Detector(id=d, model=_text(c)) for c, d in detectors.items()],
-                objectives=[objective] if objective is not None else [],
+                detectors=[ome.Detector(id=d, model=text(c)) for c, d in detectors.items()],
+                objectives=objective,
             )
         ]
+    ome_images = []
+    for i, image in enumerate(images):
+        known: dict[str, Any] = _stage_label(image)
+        if instruments:
+            known["instrument_ref"] = ome.InstrumentRef(id="Instrument:0")
+        if objective:
+            known["objective_settings"] = _objective_settings(header)
+        suffix = " (incomplete: see mm-autofocus inspect --repair)" if facts.incomplete else ""
+        ome_images.append(
+            ome.Image(
+                id=f"Image:{i}",
+                name=text(image.name) + suffix,
+                acquisition_date=datetime.fromisoformat(header.created),
+                pixels=_pixels(i, image, header, detectors),
+                annotation_refs=[ome.AnnotationRef(id=ref) for ref in links.of_image(i, image)],
+                **known,
+            )
+        )
     return ome.OME(
         uuid=header.uuid,
-        creator=_text(header.creator),
+        creator=text(header.creator),
         images=ome_images,
-        structured_annotations=ome.StructuredAnnotations(
-            map_annotations=maps, tag_annotations=tags
-        ),
-        **instrument,
+        instruments=instruments,
+        structured_annotations=structured_annotations(header, images, links, facts),
     )
 
 
-def xml_bytes(model: ome.OME, *, at_least: int = 0) -> bytes:
-    """Serialise; white space before the end tag makes it `at_least` so many bytes long."""
-    xml = _DECLARATION + model.to_xml(indent=0).strip().encode("utf-8")
-    if len(xml) < at_least and xml.endswith(_END):
-        pad = b" " * (at_least - len(xml))
-        xml = xml[: -len(_END)] + pad + _END
-    return xml
-
-
-def _focus_uses(images: Sequence[ImageLayout]) -> list[_FocusUse]:
-    found: dict[Any, _FocusUse] = {}
-    planes: list[tuple[FrameRecord, int, PlaneIndex]] = []
-    for i, image in enumerate(images):
-        planes += [(frame, i, at) for at, frame in image.frames.items() if frame.focus]
-        planes += [(r, i, at) for at, (_why, r) in image.gaps.items() if r and r.focus]
-    # the page that comes first has the whole record; skipped frames have no page
-    planes.sort(key=lambda item: (item[0].page < 0, item[0].page))
-    for frame, i, (t, c, z) in planes:
-        focus = frame.focus or {}
-        use = found.get(focus.get("focus_id"))
-        if use is None:
-            use = _FocusUse(len(found), focus, frame)
-            found[focus.get("focus_id")] = use
-        elif len(focus) > len(use.record):
-            use.record = focus
-        age = finite(focus.get("age_s"))
-        use.planes.append((i, t, c, z, focus.get("status"), age))
-        use.images.add(i)
-    return list(found.values())
-
-
-def _focus_annotation(use: _FocusUse, facts: FileFacts) -> ome.MapAnnotation:
-    record = {k: v for k, v in use.record.items() if k != "thumbnail"}
-    if facts.brief:
-        record.pop("curve", None)
-    record["position"] = record.get("position") or use.first.name
-    for axis in ("x_um", "y_um"):
-        if record.get(axis) is None:
-            record[axis] = getattr(use.first, axis)
-    record["page"] = use.first.page
-    record["frames"] = use.planes
-    plain = {k: v for k, v in record.items() if not isinstance(v, dict | list | tuple)}
-    return _map(use.id, NAMESPACE, {**plain, "record": to_json(record)})
-
-
-def _file_annotations(
-    header: Header, images: Sequence[ImageLayout], facts: FileFacts
-) -> list[ome.MapAnnotation]:
-    gaps = [reason for image in images for reason, _record in image.gaps.values()]
-    file = {
-        "frames_planned": header.frames_planned,
-        "frames": sum(len(image.frames) for image in images),
-        "skipped": gaps.count("skipped"),
-        "missing": gaps.count("missing"),
-        "not_planned": gaps.count("not planned"),
-        "repaired": facts.repaired,
-        "error": facts.error,
-        **{f"version {k}": v for k, v in header.versions.items()},
-    }
-    notes = [_map("Annotation:file", f"{NAMESPACE}.file", file)]
-    if header.plan is not None:
-        notes.append(_map("Annotation:plan", f"{NAMESPACE}.plan", {"useq": header.plan}))
-    if header.settings is not None:
-        settings = {**header.settings, "json": to_json(header.settings)}
-        notes.append(_map("Annotation:settings", f"{NAMESPACE}.settings", settings))
-    if header.summary is not None and not (facts.brief or facts.incomplete):
-        content = {"summary_metadata_json": to_json(header.summary)}
-        notes.append(_map("Annotation:summary", "pymmcore_plus", content))
-    if facts.incomplete:
-        content = {
-            "note": "This file was not closed: only its first frame is described here. "
-            "`mm-autofocus inspect --repair` completes it from its own pages."
-        }
-        notes.append(_map("Annotation:incomplete", f"{NAMESPACE}.incomplete", content))
-    return notes
-
-
-def _objective(header: Header) -> ome.Objective | None:
+def _objective(header: Header) -> list[ome.Objective]:
     na = finite(header.optics.get("na"))
     magnification = finite(header.optics.get("magnification"))
-    if na is None and magnification is None:
-        return None
-    known = {"lens_na": na, "nominal_magnification": magnification}
-    return ome.Objective(id="Objective:0", **{k: v for k, v in known.items() if v is not None})
+    known: dict[str, Any] = {"lens_na": na, "nominal_magnification": magnification}
+    known = {k: v for k, v in known.items() if v is not None}
+    return [ome.Objective(id="Objective:0", **known)] if known else []
 
 
-def _image(
-    i: int,
-    image: ImageLayout,
-    header: Header,
-    facts: FileFacts,
-    pixels: ome.Pixels,
-    refs: list[str],
-    objective: bool,
-    gap_ids: Mapping[Gap, str],
-) -> ome.Image:
-    name = image.name
-    if facts.incomplete:
-        name += " (incomplete: see mm-autofocus inspect --repair)"
-    refs = refs + [gap_ids[r] for r in dict.fromkeys(why for why, _ in image.gaps.values())]
+def _objective_settings(header: Header) -> ome.ObjectiveSettings:
+    known: dict[str, Any] = {}
+    if (index := finite(header.optics.get("refractive_index"))) is not None:
+        known["refractive_index"] = index
+    return ome.ObjectiveSettings(id="Objective:0", **known)
+
+
+def _stage_label(image: ImageLayout) -> dict[str, Any]:
+    """Where the first frame of the image was taken."""
     first = min(image.frames.values(), key=lambda f: f.page, default=None)
-    options: dict[str, Any] = {}
-    if first is not None:
-        stage = {"x": first.x_um, "y": first.y_um, "z": first.z_um}
-        known = {k: v for k, v in stage.items() if v is not None}
-        if known:
-            units = {f"{k}_unit": ome.UnitsLength.MICROMETER for k in known}
-            options["stage_label"] = ome.StageLabel(name=_text(image.name), **known, **units)
-    if pixels.channels and any(ch.detector_settings for ch in pixels.channels) or objective:
-        options["instrument_ref"] = ome.InstrumentRef(id="Instrument:0")
-    if objective:
-        index = finite(header.optics.get("refractive_index"))
-        settings = {"refractive_index": index} if index else {}
-        options["objective_settings"] = ome.ObjectiveSettings(id="Objective:0", **settings)
-    return ome.Image(
-        id=f"Image:{i}",
-        name=_text(name),
-        acquisition_date=header.created,
-        pixels=pixels,
-        annotation_refs=[ome.AnnotationRef(id=ref) for ref in refs],
-        **options,
-    )
+    if first is None:
+        return {}
+    stage = {"x": first.x_um, "y": first.y_um, "z": first.z_um}
+    known: dict[str, Any] = {k: v for k, v in stage.items() if v is not None}
+    known.update({f"{k}_unit": ome.UnitsLength.MICROMETER for k in list(known)})
+    return {"stage_label": ome.StageLabel(name=text(image.name), **known)} if known else {}
 
 
 def _pixels(
-    i: int,
-    image: ImageLayout,
-    header: Header,
-    blanks: Blanks,
-    by_frame: Mapping[tuple[int, int, int, int], _FocusUse],
-    gap_ids: Mapping[Gap, str],
-    status_ids: Mapping[str, str],
-    detectors: Mapping[str, str],
+    i: int, image: ImageLayout, header: Header, detectors: Mapping[str, str]
 ) -> ome.Pixels:
     samples = image.shape[2] if len(image.shape) == 3 else 1
     channels = []
     for c in range(image.size_c):
         known: dict[str, Any] = {}
         if image.channels[c]:
-            known["name"] = _text(image.channels[c])
+            known["name"] = text(image.channels[c])
         if image.cameras[c]:
             known["detector_settings"] = ome.DetectorSettings(id=detectors[image.cameras[c]])
         channels.append(ome.Channel(id=f"Channel:{i}:{c}", samples_per_pixel=samples, **known))
-    blocks, planes = [], []
-    for at, frame in sorted(image.frames.items(), key=lambda item: item[1].page):
-        blocks.append(_tiff_data(at, frame.page))
-        refs = []
-        if (use := by_frame.get((i, *at))) is not None:
-            refs.append(use.id)
-            status = (frame.focus or {}).get("status")
-            if status is not None and status in status_ids:
-                refs.append(status_ids[status])
-        planes.append(_plane(at, frame, refs))
-    blank = blanks.get((image.shape, image.dtype))
-    for at, (reason, record) in image.gaps.items():
-        if blank is not None:
-            blocks.append(_tiff_data(at, blank))
-        refs = [gap_ids[reason]]
-        if record is not None and (use := by_frame.get((i, *at))) is not None:
-            refs.append(use.id)
-        planes.append(_plane(at, None, refs))
-    first = next(iter(image.frames.values()), None)
-    size = (first.pixel_size_um if first else None) or header.pixel_size_um
-    sizes: dict[str, Any] = {}
-    if size:
-        sizes = {"physical_size_x": size, "physical_size_y": size}
-    if step := _z_step(image):
-        sizes["physical_size_z"] = step
     return ome.Pixels(
         id=f"Pixels:{i}",
         # T outermost: tifffile and napari then see (T, C, Z, Y, X)
         dimension_order=ome.Pixels_DimensionOrder.XYZCT,
-        type=DTYPES[image.dtype],
+        type=ome.PixelType(DTYPES[image.dtype]),
         big_endian=False,
         interleaved=samples > 1,
         size_x=image.shape[1],
@@ -347,33 +169,54 @@ def _pixels(
         size_c=image.size_c * samples,
         size_t=image.size_t,
         channels=channels,
-        tiff_data_blocks=blocks,
-        planes=planes,
-        **sizes,
+        **_physical_sizes(image, header),
     )
 
 
-def _tiff_data(at: PlaneIndex, page: int) -> ome.TiffData:
-    t, c, z = at
-    return ome.TiffData(ifd=page, first_t=t, first_c=c, first_z=z, plane_count=1)
+def _physical_sizes(image: ImageLayout, header: Header) -> dict[str, Any]:
+    first = next(iter(image.frames.values()), None)
+    size = (first.pixel_size_um if first else None) or header.pixel_size_um
+    sizes = {"physical_size_x": size, "physical_size_y": size} if size else {}
+    if step := _z_step(image):
+        sizes["physical_size_z"] = step
+    return sizes
 
 
-def _plane(at: PlaneIndex, frame: FrameRecord | None, refs: list[str]) -> ome.Plane:
+def _planes(i: int, image: ImageLayout, blanks: Blanks, links: Links) -> list[str]:
+    """Write TiffData and Plane of all planes of image number `i`; nothing needs escaping."""
+    blocks, planes = [], []
+    for at, frame in sorted(image.frames.items(), key=lambda item: item[1].page):
+        blocks.append(_tiff_data(at, frame.page))
+        planes.append(_plane(at, frame, links.of_plane(i, at, frame)))
+    blank = blanks.get((image.shape, image.dtype))
+    for at, (reason, record) in image.gaps.items():
+        if blank is not None:
+            blocks.append(_tiff_data(at, blank))
+        planes.append(_plane(at, None, links.of_plane(i, at, record, reason)))
+    return blocks + planes
+
+
+def _tiff_data(at: PlaneIndex, page: int) -> str:
     t, c, z = at
-    known: dict[str, Any] = {}
+    return f'<TiffData IFD="{page}" FirstZ="{z}" FirstC="{c}" FirstT="{t}" PlaneCount="1"/>'
+
+
+def _plane(at: PlaneIndex, frame: FrameRecord | None, refs: list[str]) -> str:
+    t, c, z = at
+    parts = [f'<Plane TheZ="{z}" TheC="{c}" TheT="{t}"']
     if frame is not None:
         if frame.time_s is not None:
-            known["delta_t"] = frame.time_s
+            parts.append(f' DeltaT="{frame.time_s!r}"')
         if frame.exposure_ms is not None:
-            known["exposure_time"] = frame.exposure_ms / 1000
-        for axis in "xyz":
-            if (value := getattr(frame, f"{axis}_um")) is not None:
-                known[f"position_{axis}"] = value
-                # the schema's default is "reference frame", which means nothing
-                known[f"position_{axis}_unit"] = ome.UnitsLength.MICROMETER
-    if refs:
-        known["annotation_refs"] = [ome.AnnotationRef(id=ref) for ref in refs]
-    return ome.Plane(the_t=t, the_c=c, the_z=z, **known)
+            parts.append(f' ExposureTime="{frame.exposure_ms / 1000!r}"')
+        for axis, value in (("X", frame.x_um), ("Y", frame.y_um), ("Z", frame.z_um)):
+            if value is not None:
+                # the schema's default unit is "reference frame", which means nothing
+                parts.append(f' Position{axis}="{value!r}" Position{axis}Unit="µm"')
+    if not refs:
+        return "".join([*parts, "/>"])
+    links = [f'<AnnotationRef ID="{ref}"/>' for ref in refs]
+    return "".join([*parts, ">", *links, "</Plane>"])
 
 
 def _z_step(image: ImageLayout) -> float | None:

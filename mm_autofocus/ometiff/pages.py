@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,6 +124,8 @@ class PageWriter:
         64-bit offsets. Ignored by ``append``.
     compression : str | None
         One of `COMPRESSIONS`.
+    pages : int
+        How many there are already, for ``append``.
     """
 
     def __init__(
@@ -132,9 +135,10 @@ class PageWriter:
         mode: Literal["new", "replace", "append"] = "new",
         bigtiff: bool = False,
         compression: str | None = None,
+        pages: int = 0,
     ) -> None:
         self.path = path
-        self.pages = 0
+        self.pages = pages
         self._compression = compression
         modes: dict[str, Literal["x+", "w+", "r+"]] = {
             "new": "x+",
@@ -234,28 +238,30 @@ class PageWriter:
 def overwrite_description(path: Path, xml: bytes) -> None:
     """Give the first page of `path` another ImageDescription.
 
-    In place where the old one was at least as long, else at the end of the file.
+    In place where there is room, else at the end of the file. The tag points to the new
+    text only when this is whole.
 
     Raises
     ------
     OSError
         There is no room for it. The old one is still there.
     """
-    with tifffile.TiffFile(path, mode="r+") as tif:
+    with tifffile.TiffFile(path) as tif:
         tag = tif.pages.first.tags[270]
-        file = tif.filehandle
-        size = file.size
-        entry_size = 20 if tif.is_bigtiff else 12
-        file.seek(tag.offset)
-        entry = file.read(entry_size)
+        layout = tif.byteorder + ("QQ" if tif.is_bigtiff else "II")
+    value = xml + b"\0"
+    with path.open("r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        where = tag.valueoffset if len(value) <= tag.count else size + size % 2
         done = False
         try:
-            tag.overwrite(xml)
-            file.flush()
+            file.seek(where)
+            view = memoryview(value)
+            while view:
+                view = view[file.write(view) :]
             done = True
         finally:
-            if not done:  # tifffile has changed the entry before it wrote the value
-                with path.open("r+b", buffering=0) as raw:
-                    raw.truncate(size)
-                    raw.seek(tag.offset)
-                    raw.write(entry)
+            if not done:
+                file.truncate(size)
+        file.seek(tag.offset + 4)  # behind the code and the type
+        file.write(struct.pack(layout, len(value), where))

@@ -92,7 +92,7 @@ def noise_at(seed: int, scale_um: float, x: float, y: float) -> float:
     return float(noise(seed, scale_um, np.array([x]), np.array([y]))[0, 0])
 
 
-def warped_noise(seed: int, u: Real, v: Real) -> Real:
+def warped_noise(seed: int, u: Coordinates, v: Coordinates) -> Real:
     """Noise at the lattice coordinates `u`, `v` given for each pixel.
 
     The lattice is refined four times by its own spline and then sampled, which costs a
@@ -103,8 +103,8 @@ def warped_noise(seed: int, u: Real, v: Real) -> Real:
     nu = fine * (math.ceil(float(u.max())) + 2 - low_u)
     nv = fine * (math.ceil(float(v.max())) + 2 - low_v)
     table = noise(seed, 1.0, low_u + np.arange(nu) / fine, low_v + np.arange(nv) / fine)
-    map_x = (u - np.float32(low_u)) * np.float32(fine)
-    map_y = (v - np.float32(low_v)) * np.float32(fine)
+    map_x = ((u - low_u) * fine).astype(np.float32)
+    map_y = ((v - low_v) * fine).astype(np.float32)
     return cast("Real", cv2.remap(table, map_x, map_y, cv2.INTER_CUBIC))
 
 

@@ -30,7 +30,7 @@ def _gaussian(wavelength_um: float, centre: float, width: float) -> float:
 
 def haematoxylin(wavelength_um: float) -> float:
     """Optical density of haematoxylin-alum relative to its unit amount."""
-    return 0.75 * _gaussian(wavelength_um, 0.585, 0.055) + 0.25 * _gaussian(
+    return 0.75 * _gaussian(wavelength_um, 0.578, 0.055) + 0.25 * _gaussian(
         wavelength_um, 0.45, 0.06
     )
 
@@ -40,7 +40,7 @@ def eosin(wavelength_um: float) -> float:
     return (
         _gaussian(wavelength_um, 0.527, 0.026)
         + 0.12 * _gaussian(wavelength_um, 0.57, 0.04)
-        + 0.30 * _gaussian(wavelength_um, 0.47, 0.045)
+        + 0.40 * _gaussian(wavelength_um, 0.47, 0.045)
     )
 
 

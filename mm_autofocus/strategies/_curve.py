@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mm_autofocus.strategies._looks import parabola_top
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -53,7 +55,15 @@ _NUGGET = 0.05  # part of the deviation that even near looks do not share
 _TAIL = 0.03  # deviation in the far tails, in parts of the peak's height
 
 # Exponent, and whether the shape is a bell 1 / (1 + |u|^p) or else 2^-|u|^p.
-_SHAPES = ((1.3, True), (2.0, True), (3.0, True), (5.0, True), (8.0, True), (2.0, False), (4.0, False))
+_SHAPES = (
+    (1.3, True),
+    (2.0, True),
+    (3.0, True),
+    (5.0, True),
+    (8.0, True),
+    (2.0, False),
+    (4.0, False),
+)
 _EXPONENT = np.array([p for p, _ in _SHAPES])
 _IS_BELL = np.array([bell for _, bell in _SHAPES])
 _SKEW = np.array([-0.4, -0.2, 0.0, 0.2, 0.4])
@@ -167,7 +177,7 @@ class CurvePosterior:
     def _weigh(self) -> None:
         """Posterior weight of every cell (centre, width, skew, shape, baseline)."""
         z = np.array(self._z)
-        top = max(max(self._y), 1e-300)
+        top = max(*self._y, 1e-300)
         y = (np.array(self._y) / top).astype(np.float32)
         n = len(z)
         noise = np.float32(self._noise / top)
@@ -260,7 +270,9 @@ class CurvePosterior:
         p = np.cumsum(self._posterior.sum((1, 2, 3, 4)))
         last = len(p) - 1
         i, j = (min(int(np.searchsorted(p, q)), last) for q in (0.005, 0.995))
-        a, b = np.clip([self._centres[max(i - 1, 0)], self._centres[min(j + 1, last)]], low, high)
+        a, b = np.clip(
+            [self._centres[max(i - 1, 0)], self._centres[min(j + 1, last)]], low, high
+        )
         wide = np.linspace(low - margin, high + margin, 53)
         grid = np.unique(np.concatenate([wide, np.linspace(a, b, 53), [low, high]]))
         contrast, width = self._draw(grid)
@@ -276,7 +288,7 @@ class CurvePosterior:
         k = int(expected.argmax())
         z = float(self._grid[k])
         if 0 < k < len(expected) - 1:
-            z = _vertex(self._grid[k - 1 : k + 2], expected[k - 1 : k + 2])
+            z = parabola_top(self._grid[k - 1 : k + 2], expected[k - 1 : k + 2])
         return Estimate(
             z_um=z,
             loss=float(1.0 - expected[k]),
@@ -368,13 +380,3 @@ class CurvePosterior:
             weight /= weight.sum(1, keepdims=True)
             worth[i] = (weight @ sharpness).max(1).mean()
         return worth
-
-
-def _vertex(z: Floats, q: Floats) -> float:
-    """z of the top of the parabola through three points with the highest in the middle."""
-    left, right = (q[1] - q[0]) / (z[1] - z[0]), (q[2] - q[1]) / (z[2] - z[1])
-    bend = (right - left) / (z[2] - z[0])
-    if not bend < 0:
-        return float(z[1])
-    top = 0.5 * (z[0] + z[1]) - left / (2 * bend)
-    return float(min(max(top, z[0]), z[2]))

@@ -7,22 +7,22 @@ be compared with the noise of both, measured from them (see `metrics.compare_til
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mm_autofocus.metrics import FocusMeasure, compare_tiles, noise_of_tiles
-from mm_autofocus.types import FocusRequest, FocusResult, Look
+from mm_autofocus.types import FocusRequest, FocusResult, Look, Looking
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from mm_autofocus.types import Image
-
     Floats = npt.NDArray[np.float64]
 
-__all__ = ["SIGNIFICANT", "ScoredLook", "ScoredLooks"]
+__all__ = ["SIGNIFICANT", "ScoredLook", "ScoredLooks", "parabola_top", "vertex"]
 
 SIGNIFICANT = 6.0
 """The best look must exceed the worst by so many standard deviations of their noise.
@@ -33,6 +33,10 @@ The range of 20 looks that differ by noise alone is about 2.6 ± 0.5 in this uni
 # tiles can see it. Above this ratio of worst to best score it could explain the contrast.
 _WEAK = 0.7
 
+# A look repeated at the same z may differ by so much of the contrast.
+_REPEATS = 0.35
+
+_FLICKER = 4.0
 _DARK = 0.02
 _SATURATED = 0.25
 
@@ -61,8 +65,9 @@ class ScoredLooks:
     measure: FocusMeasure
     request: FocusRequest
     looks: list[ScoredLook] = field(default_factory=list)
-    _last: Image | None = None
+    _last: npt.NDArray[Any] | None = None
     _ceiling: float | None = None
+    _least: float = 0.0
 
     def __len__(self) -> int:
         return len(self.looks)
@@ -74,6 +79,9 @@ class ScoredLooks:
         scored = ScoredLook(look.z_um, look.score, self.measure.tile_scores(grey))
         self.looks.append(scored)
         self._last, self._ceiling = grey, look.max_value
+        if grey.dtype.kind in "bui":
+            # two pixels of a tile that flicker by one grey level
+            self._least = _FLICKER * scored.tiles.size / grey.size
         return scored
 
     @property
@@ -93,7 +101,7 @@ class ScoredLooks:
 
     @property
     def z(self) -> Floats:
-        """z of the looks in µm, in the order taken."""
+        """Where the looks were taken, in µm, in their order."""
         return np.array([look.z_um for look in self.looks])
 
     @property
@@ -110,7 +118,7 @@ class ScoredLooks:
         ordered = sorted(self.looks, key=lambda look: look.z_um)
         found = [
             noise_of_tiles(b.tiles - a.tiles) / np.sqrt(2.0) * _scale(a, b)
-            for a, b in zip(ordered[:-1], ordered[1:], strict=True)
+            for a, b in pairwise(ordered)
         ]
         return float(min(found, default=0.0))
 
@@ -118,7 +126,10 @@ class ScoredLooks:
         """By how many standard deviations of noise the best look exceeds the worst."""
         if len(self.looks) < 2:
             return 0.0
-        return abs(compare_tiles(self.best.tiles, self.worst.tiles))
+        return self._compare(self.best, self.worst)
+
+    def _compare(self, a: ScoredLook, b: ScoredLook) -> float:
+        return compare_tiles(a.tiles, b.tiles, least=self._least)
 
     @property
     def flat(self) -> bool:
@@ -138,7 +149,7 @@ class ScoredLooks:
         """
         low, high = self.request.z_min_um, self.request.z_max_um
         z = np.unique(self.z)
-        gaps = [((a + b) / 2, b - a) for a, b in zip(z[:-1], z[1:], strict=True)]
+        gaps = [((a + b) / 2, b - a) for a, b in pairwise(z)]
         gaps += [(low, 2 * (z[0] - low)), (high, 2 * (high - z[-1]))]
         return max(gaps, key=lambda gap: gap[1])
 
@@ -174,19 +185,46 @@ class ScoredLooks:
             details=details,
         )
 
-    def found(
+    def answer(
         self,
         z_um: float,
         *,
         expected_error_um: float | None,
         score: float | None = None,
         doubt: str = "",
+        sides: bool = False,
         **details: Any,
-    ) -> FocusResult:
-        """The result for `z_um`: ``ok``, or ``low-confidence`` if there is a `doubt`."""
-        low, high = self.request.z_min_um, self.request.z_max_um
+    ) -> Looking:
+        """End a search at `z_um`, if the looks bear it.
+
+        A curve that is flat within its noise has failed. A weak contrast is repeated with
+        two more looks first: a lamp that flickers, drifts or bleaches moves the whole
+        image, and then gives the same z another score.
+
+        Parameters
+        ----------
+        z_um : float
+            Where the search would end, in µm.
+        expected_error_um, score
+            See `FocusResult`.
+        doubt : str
+            Clause that makes the result ``low-confidence``.
+        sides : bool
+            Doubt it, too, if nothing lower was seen on one side of the best look.
+        **details
+            For `FocusResult.details`.
+        """
+        if self.flat:
+            return self.failed(self.why_flat())
+        # before the repeats: they add no side
+        doubt = doubt or (self._one_sided() if sides else "")
+        if self.weak:
+            if self.left < 2:
+                doubt = doubt or "weak contrast, and no looks left to repeat it"
+            elif reason := (yield from self._repeat()):
+                return self.failed(reason, **details)
         return FocusResult(
-            z_um=float(min(max(z_um, low), high)),
+            z_um=float(min(max(z_um, self.request.z_min_um), self.request.z_max_um)),
             status="low-confidence" if doubt else "ok",
             expected_error_um=expected_error_um,
             score=self.best.score if score is None else score,
@@ -194,7 +232,23 @@ class ScoredLooks:
             details=details,
         )
 
-    def one_sided(self) -> str:
+    def _repeat(self) -> Generator[float, Look, str]:
+        """Look again at the best and the worst z; a clause if they do not repeat."""
+        best, worst = self.best, self.worst
+        again_best = self.add((yield best.z_um))
+        again_worst = self.add((yield worst.z_um))
+        moved = max(abs(again_best.score - best.score), abs(again_worst.score - worst.score))
+        if moved > _REPEATS * (best.score - worst.score):
+            return (
+                "the score changes by itself between looks at the same z "
+                "(does the lamp flicker, drift or bleach?)"
+            )
+        # these two were not chosen for being the highest and the lowest
+        if self._compare(again_best, again_worst) < SIGNIFICANT / 2:
+            return self.why_flat()
+        return ""
+
+    def _one_sided(self) -> str:
         """A clause if nothing lower was seen on one side of the best look; else empty."""
         best = self.best
         below = [look for look in self.looks if look.z_um < best.z_um]
@@ -209,6 +263,26 @@ class ScoredLooks:
                     f"lie beyond the limit of the search, {edge:.6g} µm"
                 )
         return ""
+
+
+def vertex(looks: ScoredLooks) -> float:
+    """Top (z in µm) of the parabola through the best look and its two neighbours."""
+    z, first = np.unique(looks.z, return_index=True)
+    scores = looks.scores[first]
+    k = int(scores.argmax())
+    if not 0 < k < len(z) - 1:
+        return float(z[k])
+    return parabola_top(z[k - 1 : k + 2], scores[k - 1 : k + 2])
+
+
+def parabola_top(z: Floats, q: Floats) -> float:
+    """Top (z) of the parabola through three points of which the middle one is highest."""
+    left, right = (q[1] - q[0]) / (z[1] - z[0]), (q[2] - q[1]) / (z[2] - z[1])
+    bend = (right - left) / (z[2] - z[0])
+    if not bend < 0:
+        return float(z[1])
+    top = 0.5 * (z[0] + z[1]) - left / (2 * bend)
+    return float(min(max(top, z[0]), z[2]))
 
 
 def _scale(a: ScoredLook, b: ScoredLook) -> float:

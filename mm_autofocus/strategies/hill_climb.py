@@ -14,11 +14,11 @@ from typing import Final
 
 import numpy as np
 
-from mm_autofocus.metrics import FocusMeasure, compare_tiles
+from mm_autofocus.metrics import FocusMeasure
 from mm_autofocus.settings import AutofocusSettings
 from mm_autofocus.strategies._curve import CurvePosterior, Estimate
-from mm_autofocus.strategies._looks import SIGNIFICANT, ScoredLooks
-from mm_autofocus.types import FocusRequest, Look, Looking
+from mm_autofocus.strategies._looks import ScoredLooks
+from mm_autofocus.types import FocusRequest, FocusResult, Look, Looking
 
 __all__ = ["HillClimb"]
 
@@ -35,9 +35,7 @@ _AS_SHARP = 0.97
 # Sharpness that a peak beyond the limits may have over the answer.
 _EDGE_LOSS = 0.05
 
-# A look repeated at the same z may differ by so much of the contrast.
-_REPEATS = 0.35
-
+_STRIDE = 0.4
 _FEWEST = 3
 _CANDIDATES = 33
 
@@ -92,9 +90,7 @@ class _Climb:
         self.low, self.high = request.z_min_um, request.z_max_um
         self.grain = 0.0  # how far the stage stood from where it was sent
         width, spread = owner.expected_width(request)
-        self.posterior = CurvePosterior(
-            self.low, self.high, width, spread, prior=request.prior
-        )
+        self.posterior = CurvePosterior(self.low, self.high, width, spread, prior=request.prior)
 
     def run(self) -> Looking:
         request, looks = self.request, self.looks
@@ -143,8 +139,7 @@ class _Climb:
         here = self.looks.best.z_um
         step = self.request.step_um
         if step is None:
-            z = self._most_worth(estimate)
-            return self.looks.widest_gap()[0] if z is None else z
+            step = _STRIDE * (self.high - self.low)
         up = self.high - here >= here - self.low
         return here + step if up else here - step
 
@@ -208,11 +203,6 @@ class _Climb:
 
     def _finish(self, estimate: Estimate) -> Looking:
         looks = self.looks
-        if looks.weak:
-            doubt = yield from self._repeat()
-            if doubt:
-                return looks.failed(doubt)
-            estimate = self._learn()
         z, error, score = estimate.z_um, estimate.sd_um, estimate.score
         doubt = ""
         if not self._supported(estimate):
@@ -227,9 +217,7 @@ class _Climb:
                 doubt = f"the budget of {self.request.max_looks} looks ran out"
             else:
                 doubt = "further looks would not bring it within the tolerance"
-        if not doubt:
-            self.owner.learn_width(estimate.width_um)
-        return looks.found(
+        result: FocusResult = yield from looks.answer(
             z,
             expected_error_um=error,
             score=score,
@@ -237,27 +225,6 @@ class _Climb:
             width_um=round(estimate.width_um, 4),
             expected_loss=round(estimate.loss, 5),
         )
-
-    def _repeat(self) -> Generator[float, Look, str]:
-        """Look again at the best and the worst z; a clause if they do not repeat.
-
-        A lamp that flickers or drifts moves the whole image, and gives each look another
-        score at the same z.
-        """
-        looks = self.looks
-        best, worst = looks.best, looks.worst
-        if looks.left < 2:
-            return "the contrast is weak, and the budget leaves no looks to repeat it"
-        yield from self._look(best.z_um)
-        yield from self._look(worst.z_um)
-        again_best, again_worst = looks.looks[-2:]
-        contrast = best.score - worst.score
-        moved = max(abs(again_best.score - best.score), abs(again_worst.score - worst.score))
-        if moved > _REPEATS * contrast:
-            return (
-                "the score changes by itself between looks at the same z "
-                "(does the lamp flicker, drift or bleach?)"
-            )
-        if compare_tiles(again_best.tiles, again_worst.tiles) < SIGNIFICANT / 2:
-            return looks.why_flat()
-        return ""
+        if result.status == "ok":
+            self.owner.learn_width(estimate.width_um)
+        return result
