@@ -309,8 +309,8 @@ class _Pupil:
         self.shape = f2.shape
         kz = 2 * math.pi * np.sqrt(np.maximum((lens.index / wavelength) ** 2 - f2, 0))
         self._kz = (kz - 2 * math.pi * lens.index / wavelength).astype(np.float32)
-        rho = np.sqrt(f2) / cut
-        theta = np.arctan2(fy[:, None], fx[None, :])
+        rho = (np.sqrt(f2) / cut).astype(np.float32)
+        theta = np.arctan2(fy[:, None].astype(np.float32), fx[None, :].astype(np.float32))
         w = wavefront_um(lens, rho, theta) * (2 * math.pi / wavelength)
         self._aberration = np.broadcast_to(w, f2.shape).astype(np.float32)
         self._inside32 = self.inside.astype(np.float32)
@@ -445,8 +445,9 @@ class AbbeImager:
                 np.arange(-a, b) * df
                 for a, b, df in zip(half, high, self._pupil.df, strict=True)
             )
-            left = k * k - (fy[:, None] ** 2 + fx[None, :] ** 2)
-            phase = (2 * math.pi * dz * np.sqrt(np.maximum(left, 0))).astype(np.float32)
+            left = np.float32(k * k) - (fy**2).astype(np.float32)[:, None]
+            left = left - (fx**2).astype(np.float32)[None, :]
+            phase = np.float32(2 * math.pi * dz) * np.sqrt(np.maximum(left, 0))
             out = np.empty(phase.shape, np.complex64)
             out.real, out.imag = np.cos(phase), np.sin(phase)
             out[left < 0] = 0  # evanescent

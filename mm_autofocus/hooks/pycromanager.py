@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.rig import CoreRig
 from mm_autofocus.settings import KEY, AutofocusSettings, parse_settings
 from mm_autofocus.strategies.escalate import build_strategy
-from mm_autofocus.types import FocusRequest, FocusResult, Image
+
+if TYPE_CHECKING:
+    from mm_autofocus.types import FocusRequest, FocusResult, Image
 
 __all__ = ["TAGS_KEY", "AutofocusHook", "autofocus_hook", "record_of"]
 

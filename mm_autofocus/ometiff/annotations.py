@@ -148,7 +148,7 @@ def _focus_uses(images: Sequence[ImageLayout]) -> list[_FocusUse]:
         planes += [(frame, i, at) for at, frame in image.frames.items() if frame.focus]
         planes += [(r, i, at) for at, (_why, r) in image.gaps.items() if r and r.focus]
     # the page that comes first has the whole record
-    planes.sort(key=lambda item: (item[0].tag_page < 0, item[0].tag_page))
+    planes.sort(key=lambda item: (item[0].tag_page < 0, item[0].tag_page, item[0].page))
     for frame, i, (t, c, z) in planes:
         focus = frame.focus or {}
         use = found.get(focus.get("focus_id"))

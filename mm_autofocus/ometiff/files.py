@@ -155,7 +155,6 @@ class FileSet:
             file = self._begin(part, image.nbytes)
             header = file.header
             description = first_description(header, frame, header.frames_planned)
-        file.writer.file.unpark()
         unsaid = file.skipped[file.said :]
         focus_ids = set(file.focus_ids)
         for record in (frame, *unsaid):
@@ -173,7 +172,7 @@ class FileSet:
         file.focus_ids, file.said = focus_ids, len(file.skipped)
         file.frames.append(frame)
         if self._naming.split:
-            self._park_others(file)
+            self._close_others(file)
 
     def finish(self, error: str = "") -> OSError | None:
         """Complete all files.
@@ -233,12 +232,12 @@ class FileSet:
         self._homeless = [s for s in self._homeless if self._naming.part(s) != part]
         return file
 
-    def _park_others(self, current: _File) -> None:
+    def _close_others(self, current: _File) -> None:
         """Keep the number of open files bounded; one that is needed again is reopened."""
-        opened = [f for f in self._files.values() if not f.writer.file.closed]
+        opened = [f for f in self._files.values() if f.writer.is_open]
         for file in opened[: max(0, len(opened) - _MOST_OPEN)]:
             if file is not current:
-                file.writer.file.park()
+                file.writer.close()
 
 
 def _once(focus: Focus | None, seen: set[Any]) -> Focus | None:

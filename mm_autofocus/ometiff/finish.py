@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from mm_autofocus.ometiff.annotations import FileFacts
-from mm_autofocus.ometiff.frames import FORMAT, FrameRecord, Header, to_json
-from mm_autofocus.ometiff.layout import ImageLayout, Plan, blank_planes, lay_out
+from mm_autofocus.ometiff.frames import FORMAT, FrameRecord, Header, ImageKey, to_json
+from mm_autofocus.ometiff.layout import ImageLayout, Plan, lay_out
 from mm_autofocus.ometiff.model import ome_xml
 from mm_autofocus.ometiff.pages import PageWriter, overwrite_description
 
@@ -24,17 +22,19 @@ _MOST_RESERVED = 32 * 2**20
 
 
 def page_tag(
-    frame: FrameRecord | None,
+    frame: FrameRecord | None = None,
     *,
+    blank_of: ImageKey | None = None,
     header: Header | None = None,
     skipped: Sequence[FrameRecord] = (),
 ) -> str:
-    """Value of the private tag: the frame (None: a page of zeros) and what goes with it.
+    """Value of the private tag: what the page is, and what goes with it.
 
     Parameters
     ----------
     frame : FrameRecord | None
-        Of this page.
+    blank_of : tuple | None
+        The image that uses this page of zeros.
     header : Header | None
         On the first page.
     skipped : sequence of FrameRecord
@@ -43,6 +43,8 @@ def page_tag(
     content: dict[str, object] = {"mm_autofocus": FORMAT}
     if frame is not None:
         content["frame"] = frame.to_dict()
+    if blank_of is not None:
+        content["blank_of"] = dict(blank_of)
     if header is not None:
         content["header"] = header.to_dict()
     if skipped:
@@ -84,11 +86,13 @@ def finish(
     plan: Plan | None,
     facts: FileFacts,
     unsaid: Sequence[FrameRecord] = (),
+    blanks: Mapping[ImageKey, int] | None = None,
 ) -> list[ImageLayout]:
     """Fill the holes, close the file and write its OME-XML.
 
-    All planes without data point at one page of zeros per kind of plane, so that a plan
-    with many holes costs no disk.
+    All planes of an image that hold no data point at one page of zeros, so that a plan
+    with many holes costs no disk. (One page for several images would do in Bio-Formats,
+    but tifffile cannot read that.)
 
     Parameters
     ----------
@@ -104,6 +108,8 @@ def finish(
         What to say of the file; `error` means that there may be no room for more pages.
     unsaid : sequence of FrameRecord
         Those of `skipped` that no page has recorded yet.
+    blanks : mapping | None
+        Pages of zeros that are there already.
 
     Returns
     -------
@@ -117,13 +123,16 @@ def finish(
         complete it later.
     """
     images = lay_out(frames, skipped, plan)
-    blanks: dict[tuple[tuple[int, ...], str], int] = {}
+    blanks = dict(blanks or {})
     try:
         try:
             rest = list(unsaid)
-            for shape, dtype in sorted(blank_planes(images)):
-                zeros = np.zeros(shape, np.dtype(dtype))
-                page = blanks[shape, dtype] = writer.add(zeros, page_tag(None, skipped=rest))
+            for image in images:
+                if not image.gaps or image.key in blanks:
+                    continue
+                tag = page_tag(blank_of=image.key, skipped=rest)
+                page = writer.add_blank(image.shape, image.dtype, tag)
+                blanks[image.key] = page
                 for record in rest:
                     record.tag_page = page
                 rest = []
@@ -140,7 +149,7 @@ def write_description(
     path: Path,
     header: Header,
     images: Sequence[ImageLayout],
-    blanks: dict[tuple[tuple[int, ...], str], int],
+    blanks: Mapping[ImageKey, int],
     facts: FileFacts,
 ) -> None:
     """Write the final OME-XML, without the bulky parts if there is no room for them."""

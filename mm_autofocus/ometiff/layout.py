@@ -233,11 +233,6 @@ def _channel_names(
     return names, [cameras.get(c % n_cam, "") for c in range(size_c)]
 
 
-def blank_planes(images: Sequence[ImageLayout]) -> set[tuple[tuple[int, ...], str]]:
-    """Name the kinds of plane, ``(shape, dtype)``, of which a blank one is needed."""
-    return {(i.shape, i.dtype) for i in images if i.gaps}
-
-
 def describe_index(index: dict[str, Any]) -> str:
     """``t=0, p=3`` for messages."""
     return ", ".join(f"{k}={v}" for k, v in index.items()) or "without an index"

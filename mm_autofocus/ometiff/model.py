@@ -21,7 +21,7 @@ from mm_autofocus.ometiff.annotations import (
     structured_annotations,
     text,
 )
-from mm_autofocus.ometiff.frames import FrameRecord, Header, finite
+from mm_autofocus.ometiff.frames import FrameRecord, Header, ImageKey, finite
 from mm_autofocus.ometiff.layout import ImageLayout, PlaneIndex
 from mm_autofocus.ometiff.pages import DTYPES
 
@@ -31,8 +31,8 @@ _DECLARATION = b'<?xml version="1.0" encoding="UTF-8"?>\n'
 _END = "</OME>"
 _PIXELS_END = "</Pixels>"
 
-Blanks = Mapping[tuple[tuple[int, ...], str], int]
-"""``(shape, dtype)`` → page of zeros that stands for the planes without data."""
+Blanks = Mapping[ImageKey, int]
+"""Image → its page of zeros, which stands for all its planes without data."""
 
 
 def ome_xml(
@@ -188,7 +188,7 @@ def _planes(i: int, image: ImageLayout, blanks: Blanks, links: Links) -> list[st
     for at, frame in sorted(image.frames.items(), key=lambda item: item[1].page):
         blocks.append(_tiff_data(at, frame.page))
         planes.append(_plane(at, frame, links.of_plane(i, at, frame)))
-    blank = blanks.get((image.shape, image.dtype))
+    blank = blanks.get(image.key)
     for at, (reason, record) in image.gaps.items():
         if blank is not None:
             blocks.append(_tiff_data(at, blank))

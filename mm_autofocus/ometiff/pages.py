@@ -9,7 +9,9 @@ pages committed so far.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import io
+import math
 import os
 import struct
 from pathlib import Path
@@ -34,7 +36,8 @@ __all__ = [
 ]
 
 Compression = Literal["zlib", "lzw", "zstd"]
-COMPRESSIONS: tuple[str, ...] = ("zlib", "lzw", "zstd")
+COMPRESSIONS: dict[str, int] = {"zlib": 8, "lzw": 5, "zstd": 50000}
+"""Name → value of the TIFF tag."""
 
 DTYPES: dict[str, str] = {
     "uint8": "uint8",
@@ -65,7 +68,6 @@ class PageFile(io.FileIO):
         self.path = path
         self.committed = self.seek(0, os.SEEK_END)
         self._held: list[tuple[int, bytes]] = []
-        self._parked_at: int | None = None
 
     def write(self, data: Buffer, /) -> int:
         """Write all of `data`, or hold it back if it changes what is committed."""
@@ -97,19 +99,6 @@ class PageFile(io.FileIO):
         self.truncate(self.committed)
         self.seek(self.committed)
 
-    def park(self) -> None:
-        """Give the file descriptor back for a while; the next `unpark` goes on."""
-        if self._parked_at is None:
-            self._parked_at = self.tell()
-            self.close()
-
-    def unpark(self) -> None:
-        """Open again after `park`."""
-        if self._parked_at is not None:
-            super().__init__(self.path, "r+")
-            self.seek(self._parked_at)
-            self._parked_at = None
-
 
 class PageWriter:
     """Appends pages to one TIFF file; each is in the file when `add` returns.
@@ -140,25 +129,33 @@ class PageWriter:
         self.path = path
         self.pages = pages
         self._compression = compression
+        self._open(mode, bigtiff)
+        self.bigtiff = self._tiff.tiff.is_bigtiff
+
+    def _open(self, mode: Literal["new", "replace", "append"], bigtiff: bool = False) -> None:
         modes: dict[str, Literal["x+", "w+", "r+"]] = {
             "new": "x+",
             "replace": "w+",
             "append": "r+",
         }
-        self.file = PageFile(path, modes[mode])
+        self._file = PageFile(self.path, modes[mode])
         try:
             if mode == "append":
-                self.file.seek(0)
-                self._tiff = tifffile.TiffWriter(self.file, append="force", shaped=False)
+                self._file.seek(0)
+                self._tiff = tifffile.TiffWriter(self._file, append="force", shaped=False)
             else:
                 self._tiff = tifffile.TiffWriter(
-                    self.file, bigtiff=bigtiff, ome=False, shaped=False
+                    self._file, bigtiff=bigtiff, ome=False, shaped=False
                 )
-            self.file.commit()
+            self._file.commit()
         except BaseException:
-            self.file.close()
+            self._file.close()
             raise
-        self.bigtiff = self._tiff.tiff.is_bigtiff
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it holds a file descriptor."""
+        return not self._file.closed
 
     def add(
         self,
@@ -192,47 +189,75 @@ class PageWriter:
             The disk is full or failed, or the file outgrew classic TIFF. The file is as
             it was before the call.
         """
-        self.file.unpark()
-        if not self.bigtiff and self.file.committed + image.nbytes > _CLASSIC_LIMIT:
+        options: dict[str, Any] = {"description": description}
+        if pixel_size_um:
+            options["resolution"] = (1e4 / pixel_size_um, 1e4 / pixel_size_um)
+            options["resolutionunit"] = "CENTIMETER"
+        return self._append(image, image.shape, image.dtype, tag, **options)
+
+    def add_blank(self, shape: tuple[int, ...], dtype: str, tag: str) -> int:
+        """Append a page of zeros; where the file system can, it takes no room.
+
+        Raises
+        ------
+        OSError
+            As `add`.
+        """
+        zeros = None
+        if self._compression is not None:  # as the other pages: readers expect one way
+            if importlib.util.find_spec("imagecodecs") is None:
+                raise OSError(errno.ENOTSUP, "compressing needs the package imagecodecs")
+            zeros = np.zeros(shape, dtype)
+        return self._append(zeros, shape, np.dtype(dtype), tag)
+
+    def _append(
+        self,
+        image: npt.NDArray[Any] | None,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        tag: str,
+        **options: Any,
+    ) -> int:
+        if not self.is_open:
+            self._open("append")
+        size = math.prod(shape) * dtype.itemsize
+        if not self.bigtiff and self._file.committed + size > _CLASSIC_LIMIT:
             raise OSError(
                 errno.EFBIG, "a TIFF without bigtiff cannot grow beyond 4 GiB", str(self.path)
             )
         value = tag.encode("ascii") + b"\0"
-        options: dict[str, Any] = {}
-        if pixel_size_um:
-            options["resolution"] = (1e4 / pixel_size_um, 1e4 / pixel_size_um)
-            options["resolutionunit"] = "CENTIMETER"
+        if image is None:
+            options.update(shape=shape, dtype=dtype)  # tifffile leaves a hole in the file
         if self._compression is not None:
             options["compression"] = self._compression
             # differences compress better; readers agree on it only for small integers
-            options["predictor"] = image.dtype in (np.dtype("u1"), np.dtype("u2"))
-        if image.ndim == 3:
+            options["predictor"] = dtype in (np.dtype("u1"), np.dtype("u2"))
+        if len(shape) == 3:
             options["planarconfig"] = "contig"
         done = False
         try:
             self._tiff.write(
                 image,
-                photometric="rgb" if image.ndim == 3 else "minisblack",
-                description=description,
+                photometric="rgb" if len(shape) == 3 else "minisblack",
                 metadata=None,
                 software=False,
                 contiguous=False,
                 extratags=[(PAGE_TAG, 2, len(value), value, False)],
                 **options,
             )
-            self.file.commit()
+            self._file.commit()
             done = True
         finally:
             if not done:
-                self.file.rollback()
+                self._file.rollback()
         self.pages += 1
         return self.pages - 1
 
     def close(self) -> None:
-        """Close the file; idempotent."""
-        self.file.unpark()
-        self._tiff.close()
-        self.file.close()
+        """Close the file; idempotent. The next `add` opens it again."""
+        if self.is_open:
+            self._tiff.close()
+            self._file.close()
 
 
 def overwrite_description(path: Path, xml: bytes) -> None:

@@ -17,10 +17,17 @@ import tifffile
 
 from mm_autofocus.errors import HardwareError, InputError
 from mm_autofocus.ometiff.annotations import FileFacts
-from mm_autofocus.ometiff.finish import finish, write_description
-from mm_autofocus.ometiff.frames import NAMESPACE, PAGE_TAG, FrameRecord, Header
-from mm_autofocus.ometiff.layout import Plan, blank_planes, lay_out
-from mm_autofocus.ometiff.pages import PageWriter
+from mm_autofocus.ometiff.finish import finish
+from mm_autofocus.ometiff.frames import (
+    NAMESPACE,
+    PAGE_TAG,
+    FrameRecord,
+    Header,
+    ImageKey,
+    image_key,
+)
+from mm_autofocus.ometiff.layout import Plan
+from mm_autofocus.ometiff.pages import COMPRESSIONS, PageWriter
 
 __all__ = ["FileInfo", "Scan", "description_root", "open_tiff", "read_info", "repair", "scan"]
 
@@ -83,22 +90,25 @@ class Scan:
     frames, skipped : list of FrameRecord
         Real pages, and frames left out.
     blanks : dict
-        ``(shape, dtype)`` → page of zeros.
+        Image → its page of zeros.
     end : int
         Where the last whole page ends, in bytes.
     link : int
         Where the last whole page says what follows it, in bytes.
     torn : bool
         Something follows that is no whole page.
+    compression : str | None
+        Of the pages.
     """
 
     header: Header
     frames: list[FrameRecord] = field(default_factory=list)
     skipped: list[FrameRecord] = field(default_factory=list)
-    blanks: dict[tuple[tuple[int, ...], str], int] = field(default_factory=dict)
+    blanks: dict[ImageKey, int] = field(default_factory=dict)
     end: int = 0
     link: int = 0
     torn: bool = False
+    compression: str | None = None
 
 
 def open_tiff(path: str | os.PathLike[str]) -> tifffile.TiffFile:
@@ -189,6 +199,8 @@ def scan(tif: tifffile.TiffFile) -> Scan:
     if content is None or "header" not in content:
         raise not_ours(tif.filehandle.path)
     found = Scan(Header.from_dict(content["header"]))
+    code = int(tif.pages.first.compression)
+    found.compression = next((name for name, v in COMPRESSIONS.items() if v == code), None)
     size = tif.filehandle.size
     index = 0
     while True:
@@ -214,12 +226,12 @@ def _take(found: Scan, page: Any, content: dict[str, Any], index: int) -> None:
         left = FrameRecord.from_dict(data)
         left.tag_page = index
         found.skipped.append(left)
-    shape, dtype = tuple(page.shape), page.dtype.name
     if "frame" not in content:
-        found.blanks[shape, dtype] = index
+        found.blanks[image_key(content.get("blank_of", {}))] = index
         return
     frame = FrameRecord.from_dict(content["frame"])
-    frame.shape, frame.dtype, frame.page, frame.tag_page = shape, dtype, index, index
+    frame.shape, frame.dtype = tuple(page.shape), page.dtype.name
+    frame.page = frame.tag_page = index
     found.frames.append(frame)
 
 
@@ -321,19 +333,20 @@ def repair(path: str | os.PathLike[str]) -> FileInfo:
             file.seek(found.link)
             file.write(zero)
             file.truncate(found.end)
-        plan = plan_of(found.header)
-        images = lay_out(found.frames, found.skipped, plan)
-        if blank_planes(images) <= set(found.blanks):
-            write_description(path, found.header, images, found.blanks, facts)
-        else:
-            finish(
-                PageWriter(path, mode="append", pages=len(found.frames) + len(found.blanks)),
-                found.header,
-                found.frames,
-                skipped=found.skipped,
-                plan=plan,
-                facts=facts,
-            )
+        finish(
+            PageWriter(
+                path,
+                mode="append",
+                compression=found.compression,
+                pages=len(found.frames) + len(found.blanks),
+            ),
+            found.header,
+            found.frames,
+            skipped=found.skipped,
+            plan=plan_of(found.header),
+            facts=facts,
+            blanks=found.blanks,
+        )
     except OSError as e:
         raise HardwareError(f"{path}: cannot be repaired: {e}") from e
     return read_info(path)

@@ -436,13 +436,13 @@ class OmeTiffSink:
         start = self._next_planned
         if event is not None:
             events = list(getattr(event, "events", ())) or [event]
-            frames = max(frames, len(events) * n_cameras)
-            first = dict(events[0].index)
-            if n_cameras > 1:
-                first.setdefault("cam", 0)
-            rank = None if plan is None else plan.rank(first)
+            indices = [dict(e.index) for e in events]
+            if n_cameras > 1 and "cam" not in indices[0]:
+                indices = [{**i, "cam": cam} for i in indices for cam in range(n_cameras)]
+            frames = max(frames, len(indices))
+            rank = None if plan is None else plan.rank(indices[0])
             if rank is None:
-                return [(dict(e.index), None) for e in events]
+                return [(index, None) for index in indices]
             start = rank
         if plan is None:
             logger.warning("%s: %d frames were skipped, no one knows which", self.path, frames)

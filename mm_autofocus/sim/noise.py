@@ -88,8 +88,42 @@ def noise(seed: int, scale_um: float, x: Coordinates, y: Coordinates) -> Real:
 
 
 def noise_at(seed: int, scale_um: float, x: float, y: float) -> float:
-    """Evaluate :func:`noise` at one point."""
-    return float(noise(seed, scale_um, np.array([x]), np.array([y]))[0, 0])
+    """Evaluate :func:`noise` at one point (in plain integers: arrays cost ten times more)."""
+    gx, gy = x / scale_um, y / scale_um
+    ix, iy = math.floor(gx), math.floor(gy)
+    wx, wy = _scalar_weights(gx - ix), _scalar_weights(gy - iy)
+    salt = seed * 0x9E3779B1 & _32
+    hx = [_scalar_mix((ix + k) * 0xCC9E2D51 & _32 ^ salt) for k in range(-1, 3)]
+    total = 0.0
+    for k, w in zip(range(-1, 3), wy, strict=True):
+        hy = _scalar_mix(((iy + k) * 0x1B873593 & _32) + salt & _32)
+        row = hy * 5 + 0xE6546B64 & _32
+        total += w * sum(
+            v * ((_scalar_mix(h ^ row) >> 8) * (2 / 2**24) - 1)
+            for v, h in zip(wx, hx, strict=True)
+        )
+    return total / _SD
+
+
+_32 = 0xFFFFFFFF
+
+
+def _scalar_mix(h: int) -> int:
+    h ^= h >> 16
+    h = h * 0x85EBCA6B & _32
+    h ^= h >> 13
+    h = h * 0xC2B2AE35 & _32
+    return h ^ (h >> 16)
+
+
+def _scalar_weights(t: float) -> tuple[float, float, float, float]:
+    t2, t3 = t * t, t * t * t
+    return (
+        (1 - t) ** 3 / 6,
+        (3 * t3 - 6 * t2 + 4) / 6,
+        (-3 * t3 + 3 * t2 + 3 * t + 1) / 6,
+        t3 / 6,
+    )
 
 
 def warped_noise(seed: int, u: Coordinates, v: Coordinates) -> Real:

@@ -80,9 +80,9 @@ class View:
     Attributes
     ----------
     x_um, y_um : float
-        Where the optical axis meets the slide.
+        Point of the slide in the middle of the field.
     shape : tuple of int
-        Rows and columns of camera pixels; the axis passes through the middle.
+        Rows and columns of camera pixels.
     pitch_um : float
         Pixel in the specimen.
     lens : Lens
@@ -97,6 +97,9 @@ class View:
         Three bands, or one at the reference wavelength.
     quality : str
         One of :data:`QUALITIES`.
+    off_axis_um : tuple of float
+        x and y of the middle of the field relative to the optical axis (a region of
+        interest that is not in the middle of the camera).
     """
 
     x_um: float
@@ -109,6 +112,7 @@ class View:
     channel: Channel = "Brightfield"
     colour: bool = True
     quality: str = "standard"
+    off_axis_um: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
@@ -155,7 +159,8 @@ class Field:
         self._crop = []
         for n, total, centre in zip(shape, padded, (view.y_um, view.x_um), strict=True):
             start = (total - n) // 2
-            axes.append(centre + (np.arange(total + fade) - start - (n - 1) / 2) * pitch)
+            steps = np.arange(total + fade, dtype=np.float64) - start - (n - 1) / 2
+            axes.append(np.asarray(centre + steps * pitch, np.float64))
             self._crop.append(slice(start, start + n))
         layers = [
             self._fold(layer, fade) for layer in slide.layers(axes[1], axes[0], q.n_layers)
@@ -214,12 +219,15 @@ class Field:
         """Stage z of best focus at each pixel, ``(Y, X)``: topography and field curvature."""
         view = self.view
         ny, nx = view.shape
-        dy = (np.arange(ny) - (ny - 1) / 2) * view.pitch_um
-        dx = (np.arange(nx) - (nx - 1) / 2) * view.pitch_um
-        z = slide.height_um(view.x_um + dx, view.y_um + dy)
+        dy = (np.arange(ny, dtype=np.float64) - (ny - 1) / 2) * view.pitch_um
+        dx = (np.arange(nx, dtype=np.float64) - (nx - 1) / 2) * view.pitch_um
+        z = slide.height_um(
+            np.asarray(view.x_um + dx, np.float64), np.asarray(view.y_um + dy, np.float64)
+        )
         bend = view.lens.aberrations.field_curvature_um
         if bend:
-            r2 = (dx[None, :] ** 2 + dy[:, None] ** 2) / view.field_radius_um**2
+            ax, ay = dx + view.off_axis_um[0], dy + view.off_axis_um[1]
+            r2 = (ax[None, :] ** 2 + ay[:, None] ** 2) / view.field_radius_um**2
             z = z + (bend * r2).astype(np.float32)
         return z
 
@@ -254,8 +262,9 @@ class Field:
             bands = [np.zeros(self.view.shape, np.float32) for _ in self._imagers]
             for k, height in enumerate(heights):
                 weight = np.maximum(0, 1 - np.abs(np.clip(position, 0, n - 1) - k))
-                for total, part in zip(bands, self._plane(z_um - float(height)), strict=True):
-                    total += weight.astype(np.float32) * part
+                planes = self._plane(z_um - float(height))
+                for band, part in zip(bands, planes, strict=True):
+                    np.add(band, weight.astype(np.float32) * part, out=band)
         if not self.view.colour:
             return bands[0]
         if self.view.channel == "Brightfield":
@@ -273,7 +282,10 @@ class Field:
             fine = imager.image(defocus_um)
             stretch = self._stretch(wavelength)
             if stretch != 1:
-                my, mx = (0.5 * (c.start + c.stop - 1) for c in self._crop)
+                my, mx = (
+                    0.5 * (c.start + c.stop - 1) - off * o / self.view.pitch_um
+                    for c, off in zip(self._crop, self.view.off_axis_um[::-1], strict=True)
+                )
                 turn = np.array(
                     [[stretch, 0, mx * (1 - stretch)], [0, stretch, my * (1 - stretch)]]
                 )
@@ -283,7 +295,7 @@ class Field:
                         fine,
                         turn,
                         (fine.shape[1], fine.shape[0]),
-                        flags=cv2.INTER_LANCZOS4,
+                        flags=cv2.INTER_CUBIC,
                         borderMode=cv2.BORDER_REFLECT,
                     ),
                 )

@@ -28,13 +28,22 @@ if TYPE_CHECKING:
     Real: TypeAlias = npt.NDArray[np.float32]
     Axis: TypeAlias = npt.NDArray[np.float64]
 
-__all__ = ["KINDS", "SPARSITIES", "Layer", "Slide", "SlideSettings", "Sparsity", "load_picture"]
+__all__ = [
+    "KINDS",
+    "SLIDE_RANGES",
+    "SPARSITIES",
+    "Layer",
+    "Slide",
+    "SlideSettings",
+    "Sparsity",
+    "load_picture",
+]
 
 KINDS = ("tissue", "smear", "cells", "picture")
 Sparsity: TypeAlias = Literal["dense", "sparse", "extremely-sparse", "blank"]
 SPARSITIES: tuple[Sparsity, ...] = ("dense", "sparse", "extremely-sparse", "blank")
 
-_RANGES: dict[str, tuple[float, float]] = {
+SLIDE_RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "region_um": (50, 1e6),
     "thickness_um": (0.1, 50),
@@ -102,10 +111,10 @@ class SlideSettings:
         if self.kind not in KINDS:
             raise InputError(f"kind: {self.kind!r} is not one of {', '.join(KINDS)}")
         for f in fields(self):
-            if f.name not in _RANGES:
+            if f.name not in SLIDE_RANGES:
                 continue
             value = getattr(self, f.name)
-            low, high = _RANGES[f.name]
+            low, high = SLIDE_RANGES[f.name]
             if not (isinstance(value, int | float) and low <= value <= high):
                 raise InputError(f"{f.name}: {value!r} is not between {low:g} and {high:g}")
 

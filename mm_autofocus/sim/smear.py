@@ -57,12 +57,12 @@ def _leucocyte(canvas: Canvas, cell: tuple[float, ...]) -> None:
     d = np.sqrt(dx * dx + dy * dy) / r * (1 + 0.06 * coarse)
     body = smoothstep(1 + 0.4 / r, 1 - 0.4 / r, d)
     granules = np.maximum(fine + 0.4 * mid, 0) * (0.02 if lymphocyte else 0.07)
-    tone = body * (0.07 + granules)
+    tone = body * (0.11 + granules)
     canvas.add(
         where,
         0.0,
         e=tone,
-        h=body * (0.10 if lymphocyte else 0.035),
+        h=body * (0.14 if lymphocyte else 0.06),
         opd=0.07 * body + 0.1 * tone,
     )
     if lymphocyte:
@@ -108,8 +108,8 @@ def paint_smear(canvas: Canvas, region_um: float) -> None:
                     fleck = body * (1 + 0.3 * canvas.chromatin[0][where])
                     canvas.add(where, 0.0, h=0.16 * fleck, e=0.06 * fleck, opd=0.03 * fleck)
                     continue
-                pallor = 0.45 + 0.12 * v
-                thick = body * (1 - pallor * np.exp(-((d / 0.46) ** 2)) + 0.12 * d)
+                pallor = min(max(0.66 + 0.12 * v, 0.2), 0.9)
+                thick = body * (1 - pallor * np.exp(-((d / 0.5) ** 2)) + 0.15 * d)
                 canvas.add(where, 0.0, e=0.30 * thick, opd=0.075 * thick)
     for cell in white:
         _leucocyte(canvas, cell)

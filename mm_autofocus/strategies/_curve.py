@@ -95,6 +95,8 @@ class Estimate:
         Half-width of the peak at half height.
     loss_beyond : float
         As `loss`, relative to the peak wherever it is, within the limits or beyond.
+    outside : float
+        Probability that the peak lies beyond the limits.
     score : float
         Expected score at `z_um`.
     """
@@ -104,6 +106,7 @@ class Estimate:
     sd_um: float
     width_um: float
     loss_beyond: float
+    outside: float
     score: float
 
 
@@ -295,6 +298,7 @@ class CurvePosterior:
             sd_um=float(np.sqrt(np.mean((peaks - z) ** 2))),
             width_um=float(np.exp(np.mean(np.log(width)))),
             loss_beyond=float(1.0 - np.mean(np.clip(self._contrast[k] / highest, 0.0, 1.0))),
+            outside=float(np.mean((peaks < low - 1e-9) | (peaks > high + 1e-9))),
             score=float(np.mean(self._contrast[k] + self._baseline)),
         )
 

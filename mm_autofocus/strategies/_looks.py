@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,10 +31,16 @@ The range of 20 looks that differ by noise alone is about 2.6 ± 0.5 in this uni
 
 # A change of the lamp between two looks moves all tiles together, and no statistics over
 # tiles can see it. Above this ratio of worst to best score it could explain the contrast.
-_WEAK = 0.7
+_WEAK = 0.55
 
 # A look repeated at the same z may differ by so much of the contrast.
 _REPEATS = 0.35
+
+_SAME_UM = 1e-6
+
+# Looks above this part of the contrast stand on the peak.
+_FOOT = 0.1
+_ON_PEAK = 3
 
 _FLICKER = 4.0
 _DARK = 0.02
@@ -68,6 +74,7 @@ class ScoredLooks:
     _last: npt.NDArray[Any] | None = None
     _ceiling: float | None = None
     _least: float = 0.0
+    _confirmed: bool = False
 
     def __len__(self) -> int:
         return len(self.looks)
@@ -120,7 +127,15 @@ class ScoredLooks:
             noise_of_tiles(b.tiles - a.tiles) / np.sqrt(2.0) * _scale(a, b)
             for a, b in pairwise(ordered)
         ]
-        return float(min(found, default=0.0))
+        tiles = float(min(found, default=0.0))
+        # What all tiles share, a lamp's flicker, shows only where a look was repeated.
+        apart = [
+            b.score - a.score
+            for a, b in combinations(self.looks, 2)
+            if abs(a.z_um - b.z_um) <= _SAME_UM
+        ]
+        repeats = float(np.sqrt(np.mean(np.square(apart)) / 2)) if apart else 0.0
+        return max(tiles, repeats)
 
     def significance(self) -> float:
         """By how many standard deviations of noise the best look exceeds the worst."""
@@ -142,6 +157,16 @@ class ScoredLooks:
         best, worst = self.best.score, self.worst.score
         return best > 0 and worst > _WEAK * best
 
+    @property
+    def bracketed(self) -> bool:
+        """Whether three looks at different z stand on the peak, and not on its foot alone.
+
+        One high look among low ones says that a peak is near, but not on which side.
+        """
+        scores = self.scores
+        foot = scores.min() + _FOOT * (scores.max() - scores.min())
+        return len(np.unique(self.z[scores >= foot])) >= _ON_PEAK
+
     def widest_gap(self) -> tuple[float, float]:
         """Middle and width (µm) of the widest part of the limits without a look.
 
@@ -159,16 +184,22 @@ class ScoredLooks:
         moved = len({look.z_um for look in self.looks}) > 1
         image = self._last
         if image is not None:
-            ceiling = self._ceiling
-            if ceiling is None and image.dtype.kind == "u":
-                ceiling = float(np.iinfo(image.dtype).max)
-            if ceiling:
-                # `>=`: a grey value made of three colours is rounded
-                saturated = float(np.mean(image >= ceiling * (1 - 1e-6)))
+            # Where the camera's maximum is not known, that of the type is a guess: good
+            # enough to see saturation by, but 12 bits in 16 always look dark.
+            known, guess = self._ceiling, None
+            if image.dtype.kind == "u":
+                guess = float(np.iinfo(image.dtype).max)
+            ceiling = guess if known is None else known
+            if ceiling is not None:
+                saturated = float(np.mean(image >= ceiling))
                 if saturated > _SATURATED:
                     return f"saturated image: {saturated:.0%} of its pixels are at the maximum"
-                if float(image.max()) <= _DARK * ceiling:
-                    return "dark image: is the shutter open and the lamp on?"
+            top = float(image.max())
+            if known is not None and top <= _DARK * known:
+                return (
+                    f"dark image, at most {top:g} of {known:g}: is the shutter open and the "
+                    "lamp on?"
+                )
             if float(image.max()) == float(image.min()):
                 return f"empty image: every pixel has the value {float(image.max()):g}"
         if moved and others and all(np.array_equal(first.tiles, o.tiles) for o in others):
@@ -197,9 +228,8 @@ class ScoredLooks:
     ) -> Looking:
         """End a search at `z_um`, if the looks bear it.
 
-        A curve that is flat within its noise has failed. A weak contrast is repeated with
-        two more looks first: a lamp that flickers, drifts or bleaches moves the whole
-        image, and then gives the same z another score.
+        A curve that is flat within its noise has failed; a weak contrast is repeated with
+        two more looks first.
 
         Parameters
         ----------
@@ -218,11 +248,10 @@ class ScoredLooks:
             return self.failed(self.why_flat())
         # before the repeats: they add no side
         doubt = doubt or (self._one_sided() if sides else "")
-        if self.weak:
-            if self.left < 2:
-                doubt = doubt or "weak contrast, and no looks left to repeat it"
-            elif reason := (yield from self._repeat()):
-                return self.failed(reason, **details)
+        if self.weak and not self._confirmed and self.left < 2:
+            doubt = doubt or "weak contrast, and no looks left to repeat it"
+        elif reason := (yield from self.confirm()):
+            return self.failed(reason, **details)
         return FocusResult(
             z_um=float(min(max(z_um, self.request.z_min_um), self.request.z_max_um)),
             status="low-confidence" if doubt else "ok",
@@ -232,8 +261,15 @@ class ScoredLooks:
             details=details,
         )
 
-    def _repeat(self) -> Generator[float, Look, str]:
-        """Look again at the best and the worst z; a clause if they do not repeat."""
+    def confirm(self) -> Generator[float, Look, str]:
+        """Repeat a weak contrast, once; a clause if it does not repeat, else empty.
+
+        A lamp that flickers, drifts or bleaches moves the whole image, and then gives the
+        same z another score.
+        """
+        if self._confirmed or not self.weak or self.left < 2:
+            return ""
+        self._confirmed = True
         best, worst = self.best, self.worst
         again_best = self.add((yield best.z_um))
         again_worst = self.add((yield worst.z_um))

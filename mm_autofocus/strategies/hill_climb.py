@@ -23,19 +23,27 @@ from mm_autofocus.types import FocusRequest, FocusResult, Look, Looking
 __all__ = ["HillClimb"]
 
 # Without a tolerance: sharpness that may be lost, in parts of the peak.
-_LOSS = 0.015
+_LOSS = 0.018
 # With one, a peak so flat that nothing is lost within it need not be known more closely.
 _NO_LOSS = 0.003
 
 # The answer must have a look near it (in half-widths) that is about as sharp as the best:
 # a model can put its peak into the dip between two.
-_NEAR = 0.5
+_NEAR = 0.2
 _AS_SHARP = 0.97
 
 # Sharpness that a peak beyond the limits may have over the answer.
 _EDGE_LOSS = 0.05
+_LIKELY_EDGE_LOSS = 0.02  # ... where it is more likely beyond them than not
 
+# A contrast that is still weak after so many looks is repeated before it is followed.
+_CONFIRM_AFTER = 5
+
+# The first stride, in parts of the span of the limits; a known curve needs no longer one
+# than reaches its foot.
 _STRIDE = 0.4
+_KNOWN_STRIDE = 1.6
+
 _FEWEST = 3
 _CANDIDATES = 33
 
@@ -58,7 +66,7 @@ class HillClimb:
     def __init__(self, settings: AutofocusSettings | None = None) -> None:
         self._settings = settings or AutofocusSettings()
         self.measure = FocusMeasure.from_settings(self._settings)
-        self._known_width_um: float | None = None
+        self.known_width_um: float | None = None
 
     def focus(self, request: FocusRequest) -> Looking:
         """Begin the search that `request` describes."""
@@ -66,8 +74,8 @@ class HillClimb:
 
     def expected_width(self, request: FocusRequest) -> tuple[float, float]:
         """Half-width of the curve to be expected, in µm, and the spread of its logarithm."""
-        if self._known_width_um is not None:
-            return self._known_width_um, 0.5
+        if self.known_width_um is not None:
+            return self.known_width_um, 0.5
         # An operator who chooses the range knows the curve a little.
         width = max(request.z_max_um - request.z_min_um, 1e-6) / 6
         dof = request.optics.dof_um
@@ -77,7 +85,7 @@ class HillClimb:
 
     def learn_width(self, width_um: float) -> None:
         """Remember the width of a curve that was surely found."""
-        self._known_width_um = width_um
+        self.known_width_um = width_um
 
 
 class _Climb:
@@ -108,11 +116,13 @@ class _Climb:
                     return looks.failed(looks.why_flat())
                 z = gap[0]
             else:
+                if len(looks) >= _CONFIRM_AFTER and (reason := (yield from looks.confirm())):
+                    return looks.failed(reason)
                 estimate = self._learn()
-                z_or_none = self._next(estimate)
-                if z_or_none is None:
+                following = self._next(estimate)
+                if following is None or looks.left < 1:
                     return (yield from self._finish(estimate))
-                z = z_or_none
+                z = following
             yield from self._look(z)
         if looks.flat:
             return looks.failed(looks.why_flat())
@@ -140,6 +150,8 @@ class _Climb:
         step = self.request.step_um
         if step is None:
             step = _STRIDE * (self.high - self.low)
+            if (known := self.owner.known_width_um) is not None:
+                step = min(step, _KNOWN_STRIDE * known)
         up = self.high - here >= here - self.low
         return here + step if up else here - step
 
@@ -152,6 +164,8 @@ class _Climb:
         return self._most_worth(estimate)
 
     def _sure(self, estimate: Estimate) -> bool:
+        if not self.looks.bracketed:
+            return False
         tolerance = self.request.effective_tolerance_um
         if tolerance is None:
             return estimate.loss <= _LOSS
@@ -209,7 +223,9 @@ class _Climb:
             z, score = looks.best.z_um, looks.best.score
             error = math.hypot(error, z - estimate.z_um)
             doubt = "the focus curve has not one peak; this is the best look"
-        elif estimate.loss_beyond > _EDGE_LOSS:
+        elif estimate.loss_beyond > (
+            _LIKELY_EDGE_LOSS if estimate.outside > 0.5 else _EDGE_LOSS
+        ):
             edge = self.low if z - self.low < self.high - z else self.high
             doubt = f"the peak may lie beyond the limit of the search, {edge:.6g} µm"
         elif not self._sure(estimate):
