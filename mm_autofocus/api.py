@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -188,13 +190,14 @@ def run(
             core.mda.set_engine(before)
     result = RunResult(
         output=list(sink.paths) if sink is not None else [],
-        frames=ours.frames,
+        frames=ours.frames if sink is None else sink.frames_written,
         missing=ours.missing,
         positions=len(seen),
         exposures=ours.frames + sum(r["looks"] for r in ours.records),
         records=list(ours.records),
         cancelled=str(core.mda.status.finish_reason) == "canceled",
     )
+    error = error or ours.closing_error
     if error is not None:
         raise _as_ours(error, result) from error
     return result
@@ -215,20 +218,34 @@ def _run_until_done(core: CMMCorePlus, sequence: Any) -> BaseException | None:
             errors.append(e)
 
     thread = threading.Thread(target=target, name="mm-autofocus run")
-    thread.start()
-    while thread.is_alive():
-        try:
-            thread.join(0.1)
-        except KeyboardInterrupt:
-            core.mda.cancel()
+    with _interrupt_calls(core.mda.cancel):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)  # in slices, so that the interrupt is handled meanwhile
     return errors[0] if errors else None
+
+
+@contextmanager
+def _interrupt_calls(cancel: Callable[[], object]) -> Iterator[None]:
+    """Let Ctrl-C call `cancel` instead of raising wherever this thread happens to be."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+
+    def handler(*_: object) -> None:
+        cancel()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _as_ours(error: BaseException, result: RunResult) -> BaseException:
     """Faults name what was saved; other errors keep their type."""
     saved = (
-        f"; {result.frames} frames were taken before, saved in "
-        f"{', '.join(str(p) for p in result.output)}"
+        f"; {result.frames} frames are saved in {', '.join(str(p) for p in result.output)}"
         if result.output
         else ""
     )

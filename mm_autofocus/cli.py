@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 import yaml
 from rich.console import Console
@@ -93,7 +92,7 @@ def run(
     json_: Json = False,
 ) -> None:
     """Run a plan with autofocus and save it as OME-TIFF."""
-    from mm_autofocus.config import open_core
+    from mm_autofocus.config import close_core, open_core
     from mm_autofocus.ometiff import OmeTiffSink
     from mm_autofocus.plan import load_plan
 
@@ -108,7 +107,7 @@ def run(
     try:
         result = run_shown(sequence, core, output, as_json=json_, **options)
     finally:
-        core.unloadAllDevices()
+        close_core(core)
     if json_:
         _print_json(result.to_json())
     raise typer.Exit(result.exit_code)
@@ -163,18 +162,23 @@ def replay(
     ] = False,
 ) -> None:
     """Try a strategy offline, on recorded stacks."""
-    from mm_autofocus.replay import replay_file
+    from mm_autofocus.replay import load_stack
+    from mm_autofocus.replay import replay as replay_stack
     from mm_autofocus.settings import parse_settings
 
     given = {**parse_sets(set_), "strategy": strategy}
     settings = parse_settings(given, where="--set")
     failed = False
+    if not step_um > 0:
+        raise InputError(f"--step-um: {step_um:g} is not allowed: must be greater than 0 (µm)")
     for path in stacks:
-        result, start = replay_file(path, settings, step_um=step_um, start_um=start_um)
+        result = replay_stack(
+            load_stack(path), step_um=step_um, start_um=start_um, settings=settings
+        )
         failed |= not result.found
         row = {
             "file": str(path),
-            "start_um": start,
+            "start_um": result.z_start_um,
             "z_um": result.z_um,
             "looks": result.looks,
             "moves": result.moves,
@@ -279,24 +283,17 @@ def _print_json(document: Any, indent: int | None = 2) -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script; never returns."""
     try:
-        code = app(args=args, standalone_mode=False)
+        app(args=args, prog_name="mm-autofocus")
     except AutofocusError as e:
         if _state["debug"]:
             raise
         _complain(str(e))
-        code = e.exit_code
-    except click.ClickException as e:
-        e.show()
-        code = 2
-    except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted")
-        code = 1
-    except Exception as e:
+        sys.exit(e.exit_code)
+    except Exception as e:  # noqa: BLE001 - the last line of defence of a night's run
         if _state["debug"]:
             raise
         _complain(f"{type(e).__name__}: {e} (mm-autofocus --debug … shows where)")
-        code = 3
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(3)
 
 
 def _complain(sentence: str) -> None:

@@ -14,7 +14,7 @@ from mm_autofocus.registry import suggest
 if TYPE_CHECKING:
     from pymmcore_plus import CMMCorePlus
 
-__all__ = ["open_core", "shipped"]
+__all__ = ["close_core", "open_core", "shipped"]
 
 _PY_DEVICE = "#py "
 
@@ -83,7 +83,7 @@ def open_core(config: str | os.PathLike[str]) -> CMMCorePlus:
     try:
         core.loadSystemConfiguration(str(path))
     except Exception as e:
-        _close(core)
+        close_core(core)
         reason = " ".join(str(e).split())
         raise InputError(f"{path}: does not load: {reason}") from e
     return core
@@ -103,6 +103,15 @@ def _ensure_adapters(core: CMMCorePlus, *, needed: bool) -> None:
         )
 
 
-def _close(core: CMMCorePlus) -> None:
-    with suppress(RuntimeError):  # it never loaded
+def close_core(core: CMMCorePlus) -> None:
+    """Unload the devices and stop the core's own thread.
+
+    That thread calls into Python; still running when the interpreter ends, it can take the
+    process down after all is done, and its exit code with it.
+    """
+    from pymmcore_plus import CMMCorePlus
+
+    with suppress(RuntimeError):  # a configuration that never loaded
         core.unloadAllDevices()
+    # pymmcore-plus keeps this method for itself, and calls it only when it is collected
+    super(CMMCorePlus, core).registerCallback(None)

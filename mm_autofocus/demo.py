@@ -62,7 +62,7 @@ def run_demo(
         Print one JSON document on stdout and nothing else there.
     """
     from mm_autofocus.cli import run_shown
-    from mm_autofocus.config import open_core
+    from mm_autofocus.config import close_core, open_core
     from mm_autofocus.plan import load_plan
     from mm_autofocus.report import write_report
 
@@ -76,7 +76,7 @@ def run_demo(
     try:
         result = run_shown(sequence, core, file, as_json=as_json, overwrite=True)
     finally:
-        core.unloadAllDevices()
+        close_core(core)
     write_report(file, report, overwrite=True)
     if as_json:
         document = {**result.to_json(), "report": str(report)}

@@ -484,14 +484,14 @@ def compare_tiles(a: Floats, b: Floats, least: float = 0.0) -> float:
 def noise_of_tiles(d: Floats) -> float:
     """Standard error of the mean of tile differences `d`, from their scatter, robustly.
 
-    Few tiles can agree by chance: below 16, the estimate is enlarged, to ten times for
-    two.
+    Few tiles can agree by chance; the estimate is enlarged by ``1 + 200 / n²``, at most to
+    ten times.
     """
     n = d.size
     if n < 2:
         return abs(float(d.sum()))
     scatter = 1.4826 * float(np.median(np.abs(d - np.median(d)))) / math.sqrt(n)
-    return scatter * (1.0 if n >= 16 else min(10.0, 1 + 30.0 / (n - 1)))
+    return scatter * min(10.0, 1 + 200 / n**2)
 
 
 @dataclass(frozen=True, slots=True)

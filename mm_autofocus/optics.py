@@ -421,12 +421,14 @@ class AbbeImager:
         flip[0::2, 1::2] = flip[1::2, 0::2] = -1
         self._first = _dft(layers[0] * flip)
         self._rest = list(layers[1:])
+        self._steps: list[Complex] = []
         self._prepare_steps()
         self._spectra: list[Complex] = []
         size_mb = self._pupil.inside.size * 8e-6 * len(self._shifts)
         if not self._rest or size_mb <= cache_mb:
             self._spectra = [self._exit(shift) for shift in self._shifts]
-            self._rest = []
+            self._rest, self._steps = [], []
+            self._first = self._back = np.zeros((0, 0), np.complex64)
 
     @property
     def z_mean_um(self) -> float:

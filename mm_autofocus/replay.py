@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +236,7 @@ def load_stack(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
         what = "is a folder, not a file" if path.is_dir() else "there is no such file"
         raise InputError(f"{path}: {what}")
     try:
-        with tifffile.TiffFile(path) as tif:
+        with _silent(tifffile.logger()), tifffile.TiffFile(path) as tif:
             if not tif.series:
                 raise InputError(f"{path}: the TIFF file holds no image")
             series = tif.series[0]
@@ -249,8 +250,24 @@ def load_stack(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
         raise InputError(f"{path}: the stack does not fit into memory") from None
     except Exception as e:  # noqa: BLE001  (a damaged file can raise anything)
         detail = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise InputError(f"{path}: not a readable TIFF file ({detail})") from None
+        raise InputError(
+            f"{path}: not a readable TIFF file, or a damaged one ({detail})"
+        ) from None
     return _checked(_zyx(stack, axes, path), str(path))
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """What tifffile says of a damaged file is in our own sentence."""
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(nothing)
 
 
 def _complete(tif: tifffile.TiffFile, path: Path) -> None:
@@ -284,7 +301,8 @@ def _checked(stack: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
         raise InputError(f"{where}: pixels of type {stack.dtype} are no grey values")
     if stack.ndim not in (3, 4) or (stack.ndim == 4 and stack.shape[3] != 3):
         raise InputError(
-            f"{where}: a z-stack (Z, Y, X) or (Z, Y, X, 3) is needed, not the shape {stack.shape}"
+            f"{where}: a z-stack (Z, Y, X) or (Z, Y, X, 3) is needed, not the shape "
+            f"{stack.shape}"
         )
     if len(stack) < _MIN_PLANES:
         raise InputError(

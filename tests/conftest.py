@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pymmcore_plus import CMMCorePlus
 
-from mm_autofocus.config import open_core
+from mm_autofocus.config import close_core, open_core
 
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "acquisition_plans"
@@ -31,7 +31,7 @@ def make_core() -> Iterator[Callable[..., CMMCorePlus]]:
     yield make
     for core in cores:
         core.mda.cancel()
-        core.unloadAllDevices()
+        close_core(core)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_autofocus.config import open_core, shipped
+from mm_autofocus.config import close_core, open_core, shipped
 from mm_autofocus.errors import InputError
 
 
@@ -18,7 +18,7 @@ def test_the_shipped_demo_loads_by_name() -> None:
         assert core.getPixelSizeUm() == 0.5
         assert core.getProperty("Camera", "Mode") == "Fluorescent Beads"
     finally:
-        core.unloadAllDevices()
+        close_core(core)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -176,7 +176,9 @@ def test_listing_a_plan_before_the_run_costs_no_focus(
     sequence = plan(stage_positions=[{"x": 0, "y": 0, "z": 8.0}])
     list(sequence)
     assert recorder.run(StockWithSoftwareFocus(core), sequence)[0] == pytest.approx(8)
-    assert recorder.run(AutofocusEngine(core, restore_initial_state=False), sequence)[0] == pytest.approx(0, abs=NEAR_UM)
+    assert recorder.run(AutofocusEngine(core, restore_initial_state=False), sequence)[
+        0
+    ] == pytest.approx(0, abs=NEAR_UM)
 
 
 def test_channels_outside_positions_do_not_multiply_the_focus(
@@ -380,7 +382,9 @@ def test_skip_takes_no_frames(
 ) -> None:
     core = make_core("Noise")
     recorder = Recorder(core, monkeypatch)
-    recorder.run(AutofocusEngine(core, restore_initial_state=False), _blank({"on_failure": "skip"}))
+    recorder.run(
+        AutofocusEngine(core, restore_initial_state=False), _blank({"on_failure": "skip"})
+    )
     assert recorder.frames == []
 
 

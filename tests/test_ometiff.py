@@ -72,7 +72,8 @@ def focus(event: useq.MDAEvent, **changes: Any) -> dict[str, Any]:
         "focus_id": p,
         "strategy": "hill-climb",
         "status": "ok",
-        "z_start_um": 100.0,
+        "z_before_um": 100.0,
+        "z_after_um": 101.25,
         "z_um": 101.25,
         "looks": 5,
         "moves": 7,
@@ -150,7 +151,8 @@ def write(
         if n == stop:
             break
         if n in skip:
-            out.sink.skip(event, record=focus(event, focus_id="x", status="failed", z_um=None))
+            nothing = {"status": "failed", "z_um": None, "z_after_um": 100.0}
+            out.sink.skip(event, record=focus(event, focus_id="x", **nothing))
             continue
         meta = frame_meta(event, n, mm_autofocus=focus(event))
         out.frames.append((dict(event.index), pixels(n, shape, dtype), meta))
@@ -234,6 +236,11 @@ PLANS: dict[str, useq.MDASequence] = {
             {"x": 1, "y": 0, "name": "deep", "sequence": {"z_plan": {"range": 4, "step": 1}}},
             {"x": 2, "y": 0, "sequence": {"grid_plan": {"rows": 2, "columns": 1}}},
         ]
+    ),
+    "plate": plan(
+        stage_positions=useq.WellPlatePlan(
+            plate=96, a1_center_xy=(0, 0), selected_wells=([0, 1], [0, 1])
+        )
     ),
     "autofocus": plan(autofocus_plan={"autofocus_motor_offset": 1.0, "axes": ("p",)}),
 }
@@ -378,6 +385,24 @@ def test_positions_never_reached_have_no_image(tmp_path: Path) -> None:
     assert read_info(out.path).frames_missing == 36 - 15
 
 
+def test_frames_that_the_run_went_past_are_missing(tmp_path: Path) -> None:
+    """A camera that fails now and then: the engine says nothing, and goes on."""
+    sequence = plan("pcz", time_plan=None)
+    sink = OmeTiffSink(tmp_path / "a.ome.tiff")
+    sink.setup(sequence)
+    out = Written(sink)
+    lost = {5, *range(6, 12), 17}  # the end of tile 0, all of tile 1, the end of the run
+    for n, event in enumerate(sequence):
+        if n not in lost:
+            out.frames.append((dict(event.index), pixels(n, GREY, "u1"), frame_meta(event)))
+            sink.append(out.frames[-1][1], event, out.frames[-1][2])
+    sink.close()
+    check_file(out)
+    record = read_record(out.path)
+    assert record.positions == ("tile 0", "tile 1", "tile 2")
+    assert [i.gaps for i in record.images] == [{"missing": n} for n in (1, 6, 1)]
+
+
 def test_a_tile_that_was_skipped_keeps_its_image(tmp_path: Path) -> None:
     sequence = plan("pcz", time_plan=None)
     out = write(tmp_path / "a.ome.tiff", sequence, skip=tuple(range(6, 12)))
@@ -387,7 +412,7 @@ def test_a_tile_that_was_skipped_keeps_its_image(tmp_path: Path) -> None:
     assert image.gaps == {"skipped": 6}
     assert [f.focus_id for f in read_record(out.path).focus] == [0, "x", 2]
     failed = read_record(out.path).focus[1]
-    assert (failed.focus_id, failed.status, failed.z_after_um) == ("x", "failed", None)
+    assert (failed.focus_id, failed.status, failed.z_after_um) == ("x", "failed", 100.0)
     assert [(f.image, f.z) for f in failed.frames] == [(1, z) for z in (0, 1, 2)] * 2
 
 
@@ -579,6 +604,16 @@ def test_the_plan_is_left_as_it_is(tmp_path: Path) -> None:
     sink.setup(sequence)
     assert [e.action.type for e in sequence] == expected
     sink.close()
+
+
+def test_metadata_that_json_cannot_hold(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = write(tmp_path / "a.ome.tiff", plan(metadata={"camera": object()}))
+    assert "the metadata of the plan are not saved" in caplog.text
+    record = read_record(out.path)
+    assert record.plan is not None
+    assert "metadata" not in record.plan
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -387,13 +387,33 @@ def test_the_file_cannot_be_completed(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(finish_module, "overwrite_description", full)
     path = tmp_path / "a.ome.tiff"
-    sequence = useq.MDASequence(channels=["DAPI"])
+    sequence = useq.MDASequence(channels=["DAPI", "FITC"])
     sink = OmeTiffSink(path)
     sink.setup(sequence)
-    sink.append(expected_image(0, [16, 24], "uint16"), next(iter(sequence)), {})
-    with pytest.raises(HardwareError, match=r"all 1 frames are saved, but .* --repair` does it"):
+    first, second = sequence
+    sink.append(expected_image(0, [16, 24], "uint16"), first, {})
+    sink.skip(second)
+    with pytest.raises(HardwareError, match=r"all 1 frames are saved, but .* --repair`"):
         sink.close()
     sink.close()
     monkeypatch.undo()
     assert not read_info(path).complete
     assert repair(path).frames == 1
+    assert read_record(path).images[0].gaps == {"skipped": 1}
+    with tifffile.TiffFile(path) as tif:
+        assert len(tif.pages) == 2  # the page of zeros was there already
+        assert tif.series[0].shape == (2, 16, 24)
+
+
+def test_killed_while_the_ome_xml_was_written(tmp_path: Path) -> None:
+    path = killed_file(tmp_path / "a.ome.tiff")
+    repair(path)
+    with tifffile.TiffFile(path) as tif:
+        tag = tif.pages[0].tags[270]
+    data = bytearray(path.read_bytes())
+    middle = tag.valueoffset + tag.count // 2
+    data[middle : tag.valueoffset + tag.count] = b" " * (tag.count - tag.count // 2)
+    path.write_bytes(data)
+    assert not read_info(path).complete
+    assert repair(path).frames == 14
+    check_series(path, 14, [16, 24], "uint16")

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-
 from mm_autofocus.errors import InputError
 from mm_autofocus.optics import (
     AbbeImager,
@@ -57,7 +56,7 @@ def speckle(n=N, seed=0, scale=2.0):
     return 0.4 * (a - a.min()) / np.ptp(a)
 
 
-# --- resolution ---------------------------------------------------------------------
+# --- resolution ---
 
 
 def grating_contrast(frequency_bins, sigma, n_points, lens, *, n=240, pitch=0.1):
@@ -104,7 +103,7 @@ def test_incoherent_transfer_is_the_diffraction_limited_otf_up_to_lambda_over_2n
     assert np.abs(otf[f > 2 * lens.na / 0.6 + 2 / (n * pitch)]).max() < 1e-5
 
 
-# --- the ideal pupil along the axis ------------------------------------------------------
+# --- the ideal pupil along the axis ---
 
 
 def test_paraxial_axial_intensity_is_born_and_wolf_sinc_squared():
@@ -144,7 +143,7 @@ def test_a_coherent_pinhole_has_the_same_axial_intensity():
         assert got == pytest.approx(axial_intensity(Lens(0.75), d), abs=0.01)
 
 
-# --- energy, symmetry, sign -------------------------------------------------------------
+# --- energy, symmetry, sign ---
 
 
 def test_defocus_neither_makes_nor_loses_light():
@@ -212,7 +211,7 @@ def test_transport_of_intensity_gives_sign_and_size_for_a_weak_phase_object():
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
 
 
-# --- aberrations --------------------------------------------------------------------------
+# --- aberrations ---
 
 
 def best_focus(image_at, low, high, steps=61):
@@ -292,7 +291,7 @@ def test_astigmatism_turns_with_its_angle_and_across_focus():
     assert widths(90, 0.8) == pytest.approx((x, y), rel=1e-3)
 
 
-# --- layers and the condenser --------------------------------------------------------------
+# --- layers and the condenser ---
 
 
 def test_two_layers_are_sharp_at_their_own_heights():
@@ -364,7 +363,7 @@ def test_good_size(n):
     assert m == 1
 
 
-# --- bad input -----------------------------------------------------------------------------
+# --- bad input ---
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,8 @@ class AutofocusEngine(MDAEngine):
         The searches of the present or the last run.
     frames, missing : int
         Frames taken, and frames that a camera fault cost, in that run.
+    closing_error : Exception | None
+        What the sink raised when it was closed at the end of that run.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class AutofocusEngine(MDAEngine):
         self.sink = sink
         self.frames = 0
         self.missing = 0
+        self.closing_error: Exception | None = None
         self.records: list[dict[str, Any]] = []
         self._run: _Run | None = None
 
@@ -137,6 +140,7 @@ class AutofocusEngine(MDAEngine):
             The plan, its settings or its devices cannot work; nothing has moved.
         """
         self._run = None
+        self.closing_error = None
         self.frames = self.missing = 0
         self.records = []
         settings = settings_of(sequence)
@@ -189,18 +193,17 @@ class AutofocusEngine(MDAEngine):
             raise SkipEvent(num_frames=len(parts), reason="not focused (on_failure: skip)")
         super().setup_event(self._shifted(event, place))
 
-    def exec_event(self, event: useq.MDAEvent) -> Iterator[PImagePayload | None]:
+    def exec_event(self, event: useq.MDAEvent) -> Iterable[PImagePayload | None]:
         """Focus, or take the event's frames."""
         run = self._run
         if run is not None and isinstance(event.action, useq.HardwareAutofocus):
             place = self._place(event)
             if run.ledger.due(place, again=run.refocus_within_visit):
                 self._focus(run, event, place)
-            return
-        if run is None and self.sink is None:
-            yield from super().exec_event(event) or ()
-            return
-        yield from self._frames_of(event)
+            return ()
+        frames = super().exec_event(event)
+        # a plan that is none of our business gets the stock engine's own generator
+        return frames if run is None and self.sink is None else self._recorded(event, frames)
 
     def teardown_sequence(self, sequence: useq.MDASequence) -> None:
         """Close the file, then restore as the stock engine does."""
@@ -208,6 +211,10 @@ class AutofocusEngine(MDAEngine):
         try:
             if self.sink is not None:
                 self.sink.close()
+        except Exception as e:
+            # the runner only logs what a teardown raises; `run` looks here
+            self.closing_error = e
+            raise
         finally:
             super().teardown_sequence(sequence)
             if run is not None and run.continuous_focus_was_on:
@@ -215,28 +222,29 @@ class AutofocusEngine(MDAEngine):
 
     # ------------------------------------------------------------------ frames
 
-    def _frames_of(self, event: useq.MDAEvent) -> Iterator[PImagePayload | None]:
+    def _recorded(
+        self, event: useq.MDAEvent, stock: Iterable[PImagePayload | None]
+    ) -> Iterator[PImagePayload | None]:
         """Pass the stock engine's frames on, each with its record, and to the sink."""
-        # a generator in the stock engine; the runner steers it through ours
-        frames = cast("Generator[Any, Any, None]", super().exec_event(event))
+        # a generator in the stock engine; the runner steers it through this one
+        frames = cast("Generator[Any, Any, None]", stock)
         parts = _parts(event)
         seen = 0
         signal: Any = None
         try:
             while True:
                 payload = frames.send(signal)
+                seen += 1
                 if payload is None:
-                    self._missing(parts[min(seen, len(parts) - 1)])
+                    self.missing += 1  # the sink finds the gap by the index of the others
                 else:
                     self._keep(payload)
-                seen += 1
                 signal = yield payload
         except StopIteration:
             pass
         if not seen and _is_image(event):
             # the stock engine logs a failed exposure and goes on without a frame
-            for part in parts:
-                self._missing(part)
+            self.missing += len(parts)
 
     def _keep(self, payload: PImagePayload) -> None:
         image, event, meta = payload
@@ -257,11 +265,6 @@ class AutofocusEngine(MDAEngine):
                 }
         if self.sink is not None:
             self.sink.append(image, event, meta)
-
-    def _missing(self, event: useq.MDAEvent) -> None:
-        self.missing += 1
-        if self.sink is not None:
-            self.sink.skip(event)
 
     # ------------------------------------------------------------------- focus
 

@@ -9,14 +9,13 @@ The TIFF bytes are tifffile's, the OME model is that of ome-types. Frames go one
 
 from __future__ import annotations
 
-from mm_autofocus.ometiff.reader import (
+from mm_autofocus.ometiff.reader import read_plane, read_record
+from mm_autofocus.ometiff.record import (
     FileRecord,
     FocusRecord,
     FrameUse,
     ImageRecord,
     PlaneRecord,
-    read_plane,
-    read_record,
 )
 from mm_autofocus.ometiff.recovery import FileInfo, read_info, repair
 from mm_autofocus.ometiff.sink import OmeTiffSink

@@ -64,7 +64,9 @@ class Conveyor(Generic[T]):
                         "%s: the disk is slower than the camera; the acquisition waits for it",
                         self._name,
                     )
-                self._changed.wait_for(lambda: self.fault is not None or self._room(size))
+                # a little more than this item needs: not to wake up for each single one
+                spare = size + self._limit // 16
+                self._changed.wait_for(lambda: self.fault is not None or self._room(spare))
             if self.fault is not None:
                 return False
             self._items.append((item, size))

@@ -70,6 +70,10 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+# made once: json.dumps would make one for each frame
+_ENCODER = json.JSONEncoder(default=_plain, separators=(",", ":"), allow_nan=False)
+
+
 def _no_nan(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -83,10 +87,10 @@ def _no_nan(value: Any) -> Any:
 def to_json(value: Any) -> str:
     """Strict, compact, pure ASCII JSON; NaN and infinity become null."""
     try:
-        return json.dumps(value, default=_plain, separators=(",", ":"), allow_nan=False)
+        return _ENCODER.encode(value)
     except ValueError:  # NaN is rare: only then pay for a second pass
         plain = json.loads(json.dumps(value, default=_plain))
-        return json.dumps(_no_nan(plain), separators=(",", ":"), allow_nan=False)
+        return _ENCODER.encode(_no_nan(plain))
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -37,15 +37,27 @@ def coordinate(index: dict[str, int]) -> _Coord:
 class Plan:
     """The frames that a sequence asks for, in its order.
 
+    It keeps little of each, because a plan may have hundreds of thousands.
+
     Parameters
     ----------
-    frames : sequence of FrameRecord
+    frames : iterable of FrameRecord
         One per frame, with index, name and channel.
     """
 
-    def __init__(self, frames: Sequence[FrameRecord] = ()) -> None:
-        self.frames = list(frames)
-        self._rank = {coordinate(f.index): i for i, f in enumerate(self.frames)}
+    def __init__(self, frames: Iterable[FrameRecord] = ()) -> None:
+        self._ranks: dict[_Coord, int] = {}
+        self._order: list[_Coord] = []
+        self._channels: dict[tuple[ImageKey, int], str] = {}
+        self._images: dict[ImageKey, FrameRecord] = {}
+        keys: dict[ImageKey, ImageKey] = {}
+        for frame in frames:
+            key, t, c, z, cam = coordinate(frame.index)
+            key = keys.setdefault(key, key)
+            self._images.setdefault(key, frame)
+            self._channels.setdefault((key, c), frame.channel)
+            self._ranks[key, t, c, z, cam] = len(self._order)
+            self._order.append((key, t, c, z, cam))
 
     @classmethod
     def from_sequence(cls, sequence: useq.MDASequence, n_cameras: int = 1) -> Plan | None:
@@ -59,38 +71,53 @@ class Plan:
         # useq caches axes by (uid, content): another content keeps the copy apart
         copy = sequence.model_copy(deep=True)
         copy = copy.model_copy(update={"metadata": {**copy.metadata, "_copy": True}})
-        frames = []
-        for event in copy:
-            if event.action.type != "acquire_image":
-                continue
-            for cam in range(n_cameras):
-                index = dict(event.index)
-                if n_cameras > 1:
-                    index["cam"] = cam
-                frames.append(
-                    FrameRecord(
-                        index=index,
-                        name=event.pos_name or "",
-                        channel=event.channel.config if event.channel else "",
-                        x_um=event.x_pos,
-                        y_um=event.y_pos,
-                    )
-                )
-        return cls(frames)
+        return cls(_planned_frames(copy, n_cameras))
 
     def __len__(self) -> int:
-        return len(self.frames)
+        return len(self._order)
 
     def rank(self, index: dict[str, int]) -> int | None:
         """Place of the frame with this index in the order; None if it is not planned."""
-        return self._rank.get(coordinate(index))
+        return self._ranks.get(coordinate(index))
+
+    def frame(self, rank: int) -> FrameRecord:
+        """What the plan says of the frame at this place."""
+        key, t, c, z, cam = self._order[rank]
+        like = self._images[key]
+        places = {**dict(key), "t": t, "c": c, "z": z, "cam": cam}
+        return FrameRecord(
+            index={axis: places[axis] for axis in like.index},
+            name=like.name,
+            channel=self._channels[key, c],
+            x_um=like.x_um,
+            y_um=like.y_um,
+        )
+
+    def __iter__(self) -> Iterator[FrameRecord]:
+        return (self.frame(rank) for rank in range(len(self._order)))
 
     def only(self, part: dict[str, int] | None) -> Plan:
         """Keep the frames whose index agrees with `part`."""
         if not part:
             return self
-        keep = [f for f in self.frames if all(f.index.get(k, 0) == v for k, v in part.items())]
-        return Plan(keep)
+        return Plan(f for f in self if all(f.index.get(k, 0) == v for k, v in part.items()))
+
+
+def _planned_frames(sequence: useq.MDASequence, n_cameras: int) -> Iterator[FrameRecord]:
+    for event in sequence:
+        if event.action.type != "acquire_image":
+            continue
+        for cam in range(n_cameras):
+            index = dict(event.index)
+            if n_cameras > 1:
+                index["cam"] = cam
+            yield FrameRecord(
+                index=index,
+                name=event.pos_name or "",
+                channel=event.channel.config if event.channel else "",
+                x_um=event.x_pos,
+                y_um=event.y_pos,
+            )
 
 
 @dataclass(slots=True)
@@ -146,61 +173,73 @@ def lay_out(
 ) -> list[ImageLayout]:
     """Arrange frames to images, ordered by position.
 
-    An image is as large as what was taken or skipped on purpose. Where a run was cut
-    short, what was never started is not there: no image for a position that was not
-    reached, no time point that was not begun. Holes within are in `ImageLayout.gaps`.
+    An image is as large as what was taken or left out up to the last frame of the run.
+    Where a run was cut short, what lay ahead is not there: no image for a position that
+    was not reached, no time point that was not begun. What the run went past without a
+    frame is a gap, as are holes in the plan.
     """
     real: dict[ImageKey, list[FrameRecord]] = defaultdict(list)
+    passed: dict[ImageKey, list[FrameRecord]] = defaultdict(list)
     left: dict[ImageKey, list[FrameRecord]] = defaultdict(list)
     planned: dict[ImageKey, list[FrameRecord]] = defaultdict(list)
-    expected = () if plan is None else plan.frames
-    for target, source in ((real, frames), (left, skipped), (planned, expected)):
+    last = -1
+    for target, source in ((real, frames), (left, skipped)):
         for record in source:
             target[record.key].append(record)
+            rank = None if plan is None else plan.rank(record.index)
+            last = max(last, -1 if rank is None else rank)
+    for rank, record in enumerate(plan or ()):
+        planned[record.key].append(record)
+        if rank <= last:
+            passed[record.key].append(record)
     default = next((rs[0] for rs in real.values()), None)
     layouts = []
-    for key in sorted({*real, *left}):
+    for key in sorted({*real, *left, *passed}):
         like = real[key][0] if real.get(key) else default
         if like is None:
             continue  # not one frame in the whole file: there is no shape to give it
-        layouts.append(_one_image(key, like, real[key], left[key], planned[key]))
+        reached = [*real[key], *left[key], *passed[key]]
+        layouts.append(
+            _one_image(key, like, reached, real=real[key], left=left[key], plan=planned[key])
+        )
     return layouts
 
 
 def _one_image(
     key: ImageKey,
     like: FrameRecord,
+    reached: list[FrameRecord],
+    *,
     real: list[FrameRecord],
     left: list[FrameRecord],
-    planned: list[FrameRecord],
+    plan: list[FrameRecord],
 ) -> ImageLayout:
-    handled = [*real, *left]
-    n_cam = max(r.at("cam") for r in handled) + 1
-    n_c = max(r.at("c") for r in handled) + 1
+    n_cam = max(r.at("cam") for r in reached) + 1
+    n_c = max(r.at("c") for r in reached) + 1
 
     def place(record: FrameRecord) -> PlaneIndex:
         return record.at("t"), record.at("c") * n_cam + record.at("cam"), record.at("z")
 
-    position = next((r.name for r in handled if r.name), "")
+    position = next((r.name for r in reached if r.name), "")
     image = ImageLayout(
         key=key,
         name=image_name(key, position),
         shape=like.shape,
         dtype=like.dtype,
-        size_t=max(r.at("t") for r in handled) + 1,
+        size_t=max(r.at("t") for r in reached) + 1,
         size_c=n_c * n_cam,
-        size_z=max(r.at("z") for r in handled) + 1,
+        size_z=max(r.at("z") for r in reached) + 1,
     )
     image.frames = {place(r): r for r in real}
     missing: dict[PlaneIndex, tuple[Gap, FrameRecord | None]] = {
-        place(r): ("missing", None) for r in planned if r.at("cam") < n_cam
+        place(r): ("missing", None) for r in plan if r.at("cam") < n_cam
     }
     skips: dict[PlaneIndex, tuple[Gap, FrameRecord | None]] = {
         place(r): ("skipped", r) for r in left
     }
     reasons = {**missing, **skips}
     if len(image.frames) < image.size_t * image.size_c * image.size_z:
-        nothing: tuple[Gap, None] = ("not planned" if planned else "missing", None)
+        nothing: tuple[Gap, None] = ("not planned" if plan else "missing", None)
         image.gaps = {
             at: reasons.get(at, nothing)
             for t in range(image.size_t)
@@ -208,7 +247,7 @@ def _one_image(
             for z in range(image.size_z)
             if (at := (t, c, z)) not in image.frames
         }
-    image.channels, image.cameras = _channel_names(image.size_c, n_cam, [*handled, *planned])
+    image.channels, image.cameras = _channel_names(image.size_c, n_cam, [*reached, *plan])
     return image
 
 

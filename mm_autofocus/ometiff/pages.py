@@ -29,13 +29,11 @@ if TYPE_CHECKING:
 __all__ = [
     "COMPRESSIONS",
     "DTYPES",
-    "Compression",
     "PageFile",
     "PageWriter",
     "overwrite_description",
 ]
 
-Compression = Literal["zlib", "lzw", "zstd"]
 COMPRESSIONS: dict[str, int] = {"zlib": 8, "lzw": 5, "zstd": 50000}
 """Name → value of the TIFF tag."""
 
@@ -150,6 +148,8 @@ class PageWriter:
             self._file.commit()
         except BaseException:
             self._file.close()
+            if mode == "new":
+                self.path.unlink()
             raise
 
     @property

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import importlib.metadata
 import importlib.util
 import logging
 import os
-import platform
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,6 +17,7 @@ from mm_autofocus.errors import HardwareError, InputError
 from mm_autofocus.ometiff.conveyor import Conveyor
 from mm_autofocus.ometiff.files import SUFFIXES, FileSet, Naming
 from mm_autofocus.ometiff.frames import Focus, FrameRecord, Header, ImageKey, finite
+from mm_autofocus.ometiff.header import make_header
 from mm_autofocus.ometiff.layout import Plan, describe_index
 from mm_autofocus.ometiff.pages import COMPRESSIONS, DTYPES
 
@@ -193,26 +189,20 @@ class OmeTiffSink:
         if self._header is not None:
             raise InputError("this sink has had its run; make a new one for the next")
         self.check()
-        summary = {k: v for k, v in (meta or {}).items() if k != "mda_sequence"}
-        infos: Any = summary.get("image_infos") or ({},)
-        n_cameras = int(infos[0].get("num_camera_adapter_channels", 1))
-        self._plan = Plan.from_sequence(sequence, n_cameras)
-        self._header = Header(
-            created=_iso(summary.get("datetime")),
-            uuid="",
-            creator=self._creator,
-            n_cameras=n_cameras,
-            frames_planned=None if self._plan is None else len(self._plan),
-            plan=None
-            if self._plan is None
-            else sequence.model_dump(mode="json", exclude_unset=True),
-            settings=None if settings is None else dict(settings),
-            optics={} if optics is None else asdict(optics),
-            versions=_versions(summary),
-            pixel_size_um=finite(infos[0].get("pixel_size_um")) or None,
-            summary=summary or None,
+        summary: Mapping[str, Any] = meta or {}
+        info: Any = (summary.get("image_infos") or ({},))[0]
+        self._plan = Plan.from_sequence(
+            sequence, int(info.get("num_camera_adapter_channels", 1))
         )
-        self._warn_if_too_large(infos[0])
+        self._header = make_header(
+            sequence,
+            self._plan,
+            summary,
+            settings=settings,
+            optics=optics,
+            creator=self._creator,
+        )
+        self._warn_if_too_large(info)
         self._files = FileSet(
             self._naming,
             self._header,
@@ -308,12 +298,11 @@ class OmeTiffSink:
             The autofocus record that says why.
         """
         self._ready()
-        for index, planned in self._left_out(event, frames):
-            left = FrameRecord(index=index) if planned is None else replace(planned)
+        focus = self._focus(record)
+        for left in self._left_out(event, frames):
             if event is not None:
                 left.name = left.name or event.pos_name or ""
-            left.index = index
-            left.focus = self._focus(record)
+            left.focus = focus
             self._put((None, left), 0)
 
     def close(self) -> None:
@@ -427,9 +416,7 @@ class OmeTiffSink:
             if rank is not None:
                 self._next_planned = rank + 1
 
-    def _left_out(
-        self, event: useq.MDAEvent | None, frames: int
-    ) -> list[tuple[dict[str, int], FrameRecord | None]]:
+    def _left_out(self, event: useq.MDAEvent | None, frames: int) -> list[FrameRecord]:
         """Find the frames that `skip` names, with what the plan says of them."""
         assert self._header is not None
         plan, n_cameras = self._plan, self._header.n_cameras
@@ -442,14 +429,13 @@ class OmeTiffSink:
             frames = max(frames, len(indices))
             rank = None if plan is None else plan.rank(indices[0])
             if rank is None:
-                return [(index, None) for index in indices]
+                return [FrameRecord(index=index) for index in indices]
             start = rank
         if plan is None:
             logger.warning("%s: %d frames were skipped, no one knows which", self.path, frames)
             return []
-        chosen = plan.frames[start : start + frames]
-        self._next_planned = start + len(chosen)
-        return [(dict(f.index), f) for f in chosen]
+        self._next_planned = min(start + frames, len(plan))
+        return [plan.frame(rank) for rank in range(start, self._next_planned)]
 
     # ---- on the writer thread ----------------------------------------------------------
 
@@ -468,24 +454,3 @@ class OmeTiffSink:
         except Exception:
             logger.exception("%s: the callback on_written failed; not called again", self.path)
             self.on_written = None
-
-
-def _iso(text: Any) -> str:
-    """`text` as ISO 8601 with an offset; now, if it is no date."""
-    now = datetime.now(UTC).astimezone()
-    with contextlib.suppress(TypeError, ValueError):
-        when = datetime.fromisoformat(str(text))
-        now = when if when.tzinfo else when.astimezone()
-    return now.isoformat(timespec="milliseconds")
-
-
-def _versions(summary: Mapping[str, Any]) -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("mm-autofocus", "pymmcore-plus", "useq-schema", "tifffile", "ome-types"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    system = summary.get("system_info") or {}
-    for name, key in (("MMCore", "mmcore_version"), ("MMDevice", "device_api_version")):
-        if system.get(key):
-            found[name] = str(system[key])
-    return found

@@ -20,7 +20,7 @@ from mm_autofocus.optics import Aberrations, Lens
 from mm_autofocus.sim.camera import EXPOSURE_MS, Camera
 from mm_autofocus.sim.mechanics import Axis, Clock
 from mm_autofocus.sim.render import CHANNELS, QUALITIES, Channel, Renderer, View
-from mm_autofocus.sim.slide import Slide, SlideSettings
+from mm_autofocus.sim.slide import Slide, SlideSettings, load_picture
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -201,7 +201,8 @@ class Microscope:
         """
         with self.lock:
             settings = replace(self.slide_settings, **changes)
-            Slide(settings)  # reads the picture
+            if "picture" in changes or settings.kind == "picture":
+                load_picture(settings.picture)
             self.slide_settings = settings
 
     def set_camera(self, **changes: Any) -> None:

@@ -55,6 +55,8 @@ class Quality:
     planes : int
         At most so many planes are computed to let the defocus vary over the field (tilt,
         waves, field curvature); images between them are interpolated.
+    lateral_colour : bool
+        Whether the lens's lateral colour is shown.
     """
 
     n_points: int
@@ -62,10 +64,11 @@ class Quality:
     oversample: int
     margin_um: float
     planes: int
+    lateral_colour: bool = True
 
 
 QUALITIES: dict[str, Quality] = {
-    "preview": Quality(n_points=4, n_layers=1, oversample=1, margin_um=6, planes=1),
+    "preview": Quality(4, 1, oversample=1, margin_um=6, planes=1, lateral_colour=False),
     "standard": Quality(n_points=8, n_layers=2, oversample=1, margin_um=10, planes=3),
     "fine": Quality(n_points=24, n_layers=3, oversample=2, margin_um=20, planes=5),
     "reference": Quality(n_points=60, n_layers=4, oversample=2, margin_um=30, planes=9),
@@ -280,32 +283,26 @@ class Field:
         ny, nx = self.view.shape
         for imager, wavelength in zip(self._imagers, self.view.wavelengths_um, strict=True):
             fine = imager.image(defocus_um)
-            stretch = self._stretch(wavelength)
-            if stretch != 1:
-                my, mx = (
-                    0.5 * (c.start + c.stop - 1) - off * o / self.view.pitch_um
-                    for c, off in zip(self._crop, self.view.off_axis_um[::-1], strict=True)
-                )
-                turn = np.array(
-                    [[stretch, 0, mx * (1 - stretch)], [0, stretch, my * (1 - stretch)]]
-                )
-                fine = cast(
-                    "Real",
-                    cv2.warpAffine(
-                        fine,
-                        turn,
-                        (fine.shape[1], fine.shape[0]),
-                        flags=cv2.INTER_CUBIC,
-                        borderMode=cv2.BORDER_REFLECT,
-                    ),
-                )
             if o == 1:
                 # Integration over a pixel, to second order: a box of width 1 has variance
                 # 1/12, and so has this kernel.
                 a = 1 / 24
                 kernel = np.array([a, 1 - 2 * a, a], np.float32)
                 fine = cast("Real", cv2.sepFilter2D(fine, -1, kernel, kernel))
-            fine = fine[self._crop[0], self._crop[1]]
+            stretch = self._stretch(wavelength) if self._quality.lateral_colour else 1.0
+            rows, columns = self._crop
+            if stretch == 1:
+                fine = fine[rows, columns]
+            else:
+                # About the optical axis, which need not be in the middle of the field.
+                my, mx = (
+                    0.5 * (c.start + c.stop - 1) - off * o / self.view.pitch_um
+                    for c, off in zip(self._crop, self.view.off_axis_um[::-1], strict=True)
+                )
+                tx, ty = mx * (1 - stretch) - columns.start, my * (1 - stretch) - rows.start
+                turn = np.array([[stretch, 0, tx], [0, stretch, ty]])
+                size = (columns.stop - columns.start, rows.stop - rows.start)
+                fine = cast("Real", cv2.warpAffine(fine, turn, size, flags=cv2.INTER_CUBIC))
             if o > 1:
                 fine = cast("Real", cv2.resize(fine, (nx, ny), interpolation=cv2.INTER_AREA))
             bands.append(fine)
@@ -328,7 +325,7 @@ class Renderer:
         How much memory kept fields may take, roughly; one is always kept.
     """
 
-    def __init__(self, slide: Slide, keep_mb: float = 600.0) -> None:
+    def __init__(self, slide: Slide, keep_mb: float = 300.0) -> None:
         self.slide = slide
         self._keep_mb = keep_mb
         self._fields: OrderedDict[View, Field] = OrderedDict()
@@ -346,7 +343,7 @@ class Renderer:
                 * 8e-6
             )
             keep = max(int(self._keep_mb // max(size_mb, 1e-3)), 1)
-            while len(self._fields) >= min(keep, 4):
+            while len(self._fields) >= min(keep, 3):
                 self._fields.popitem(last=False)
             found = Field(self.slide, view)
         self._fields[view] = found

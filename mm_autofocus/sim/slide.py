@@ -20,7 +20,7 @@ from mm_autofocus.sim import spectra
 from mm_autofocus.sim.canvas import Canvas
 from mm_autofocus.sim.noise import noise
 from mm_autofocus.sim.smear import paint_cells, paint_smear
-from mm_autofocus.sim.tissue import cover, paint_tissue, zone
+from mm_autofocus.sim.tissue import BARE, DENSE, SPARSE, cover, paint_tissue, zone, zone_at
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -56,6 +56,13 @@ SLIDE_RANGES: dict[str, tuple[float, float]] = {
     "phase": (0, 5),
     "stain": (0, 5),
     "picture_um_per_px": (0.02, 20),
+}
+
+_ZONES: dict[Sparsity, tuple[float, float]] = {
+    "dense": (SPARSE, math.inf),
+    "sparse": (BARE, DENSE + 0.3),
+    "extremely-sparse": (BARE - 0.3, DENSE),
+    "blank": (-math.inf, BARE + 0.3),
 }
 
 
@@ -317,11 +324,17 @@ class Slide:
         return _covered(self.settings, round(x, 3), round(y, 3), field_um)
 
     def sparsity(self, x: float, y: float, field_um: tuple[float, float]) -> Sparsity:
-        """Classify a field: dense ≥ 45 % > sparse ≥ 6 % > extremely sparse ≥ 0.2 % > blank."""
+        """Classify a field: dense ≥ 45 % > sparse ≥ 6 % > extremely sparse > 0 = blank."""
         part = self.covered(x, y, field_um)
-        if part < 0.002:
+        if part == 0:
             return "blank"
         return "dense" if part >= 0.45 else "sparse" if part >= 0.06 else "extremely-sparse"
+
+    def _is(
+        self, sparsity: Sparsity, x: float, y: float, field_um: tuple[float, float]
+    ) -> bool:
+        fleck = 0 < self.covered(x, y, field_um) < 0.002
+        return not fleck and self.sparsity(x, y, field_um) == sparsity
 
     def find_fields(
         self,
@@ -333,6 +346,8 @@ class Slide:
         max_fields: int = 20000,
     ) -> list[tuple[float, float]]:
         """Find the first `n` fields of a sparsity on a spiral of adjacent fields.
+
+        Fields that hold something, but on less than 0.2 % of their area, are passed over.
 
         Returns
         -------
@@ -351,7 +366,10 @@ class Slide:
         di, dj, leg, step = 1, 0, 1, 0
         for _ in range(max_fields):
             x, y = start[0] + i * field_um[0], start[1] + j * field_um[1]
-            if self.sparsity(x, y, field_um) == sparsity:
+            # A glance before painting: what the middle of the field can be at all.
+            middle = zone_at(self.settings.seed, self.settings.region_um, x, y)
+            low, high = _ZONES[sparsity]
+            if low < middle < high and self._is(sparsity, x, y, field_um):
                 found.append((x, y))
                 if len(found) == n:
                     return found

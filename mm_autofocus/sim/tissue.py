@@ -354,7 +354,7 @@ def _red_cells(canvas: Canvas, mask: Real) -> None:
                 canvas.add(where, depth, e=0.48 * disc, opd=0.05 * disc)
 
 
-def _shed_cells(canvas: Canvas, region_um: float) -> None:
+def _shed_cells(canvas: Canvas, region_um: float, mask: Real) -> None:
     """Single cells and flecks of debris on the bare glass around the tissue."""
     cell = 60.0
     for j in range(math.floor(canvas.y[0] / cell) - 1, math.ceil(canvas.y[-1] / cell) + 1):
@@ -367,7 +367,9 @@ def _shed_cells(canvas: Canvas, region_um: float) -> None:
             for _ in range(int(rng.integers(1, 4))):
                 px, py = x + rng.normal(0, 9), y + rng.normal(0, 9)
                 r = rng.uniform(5.5, 9.0)
-                found = canvas.window(px, py, 1.6 * r)
+                found = (
+                    None if _at(canvas, mask, px, py) > 0.5 else canvas.window(px, py, 1.6 * r)
+                )
                 depth = rng.uniform(-0.3, 0.3)
                 nucleus = Nucleus(
                     px + rng.normal(0, 1),
@@ -421,19 +423,20 @@ def paint_tissue(canvas: Canvas, region_um: float) -> None:
                 math.ceil((canvas.x[-1] + margin) / CELL_UM),
             ):
                 for nucleus in _stroma_nuclei(canvas.seed, region_um, i, j):
-                    if _present(canvas, mask, nucleus) and not _in_a_gland(glands, nucleus):
+                    tissue = _at(canvas, mask, nucleus.x, nucleus.y) > 0.5
+                    if tissue and not _in_a_gland(glands, nucleus):
                         canvas.nucleus(nucleus)
         for gland in glands:
             for nucleus in _gland_nuclei(gland):
                 canvas.nucleus(nucleus)
-    _shed_cells(canvas, region_um)
+    _shed_cells(canvas, region_um, mask)
 
 
-def _present(canvas: Canvas, mask: Real, n: Nucleus) -> bool:
-    """Whether a nucleus lies in tissue (on the painted piece; outside of it: clamped)."""
-    i = min(max(round((n.y - canvas.y[0]) / canvas.pitch), 0), len(canvas.y) - 1)
-    j = min(max(round((n.x - canvas.x[0]) / canvas.pitch), 0), len(canvas.x) - 1)
-    return bool(mask[i, j] > 0.5)
+def _at(canvas: Canvas, mask: Real, x: float, y: float) -> float:
+    """Value of a map at a point (outside of the painted piece: at its border)."""
+    i = min(max(round((y - canvas.y[0]) / canvas.pitch), 0), len(canvas.y) - 1)
+    j = min(max(round((x - canvas.x[0]) / canvas.pitch), 0), len(canvas.x) - 1)
+    return float(mask[i, j])
 
 
 def _in_a_gland(glands: list[Gland], n: Nucleus) -> bool:

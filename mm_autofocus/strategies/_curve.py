@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
     Singles = npt.NDArray[np.float32]
+    Weights = npt.NDArray[np.floating]
 
 __all__ = ["CurvePosterior", "Estimate"]
 
@@ -93,8 +94,9 @@ class Estimate:
         Root mean square distance of the peak from `z_um`.
     width_um : float
         Half-width of the peak at half height.
-    loss_beyond : float
-        As `loss`, relative to the peak wherever it is, within the limits or beyond.
+    beyond : float
+        Sharpness expected to be lost in addition because the peak may lie beyond the
+        limits.
     outside : float
         Probability that the peak lies beyond the limits.
     score : float
@@ -105,7 +107,7 @@ class Estimate:
     loss: float
     sd_um: float
     width_um: float
-    loss_beyond: float
+    beyond: float
     outside: float
     score: float
 
@@ -142,8 +144,8 @@ class CurvePosterior:
     _noise: float = 0.0
     _centres: Floats = field(init=False)
     _log_widths: Floats = field(init=False)
-    _posterior: Floats = field(init=False)
-    _inverse_height: Floats = field(init=False)
+    _posterior: Weights = field(init=False)
+    _inverse_height: Weights = field(init=False)
     _grid: Floats = field(init=False)
     _contrast: Floats = field(init=False)
     _baseline: Floats = field(init=False)
@@ -215,7 +217,8 @@ class CurvePosterior:
 
         def white(x: Singles) -> Singles:
             rows = np.moveaxis(x, 2, 0).reshape(len(width), n, -1)
-            return np.matmul(whiten, rows)
+            whitened: Singles = np.matmul(whiten, rows)
+            return whitened
 
         gw = white(g * inverse)
         yw = white(y[:, None, None, None, None, None] * inverse)
@@ -248,7 +251,8 @@ class CurvePosterior:
             - 0.5 * spread[None, :, None] ** 2
             - 0.5 * (_SKEW / _SKEW_SD) ** 2
         )
-        return out[..., None, None] + np.log(_BASE_PRIOR)
+        log_prior: Floats = out[..., None, None] + np.log(_BASE_PRIOR)
+        return log_prior
 
     def _shrink(self) -> bool:
         """Refine the grid where the posterior fills less than half of it."""
@@ -297,7 +301,7 @@ class CurvePosterior:
             loss=float(1.0 - expected[k]),
             sd_um=float(np.sqrt(np.mean((peaks - z) ** 2))),
             width_um=float(np.exp(np.mean(np.log(width)))),
-            loss_beyond=float(1.0 - np.mean(np.clip(self._contrast[k] / highest, 0.0, 1.0))),
+            beyond=float(expected[k] - np.mean(np.clip(self._contrast[k] / highest, 0.0, 1.0))),
             outside=float(np.mean((peaks < low - 1e-9) | (peaks > high + 1e-9))),
             score=float(np.mean(self._contrast[k] + self._baseline)),
         )
@@ -331,8 +335,12 @@ class CurvePosterior:
             return _peak(u, _EXPONENT[si], _IS_BELL[si])
 
         def wander(z: Floats) -> Floats:
-            u = z[:, None] / (LENGTH * width)
-            return np.einsum("cw,zcw->zc", waves, np.cos(u[..., None] * frequency + phase))
+            # counted from the limit, so that the answer does not depend on the stage's zero
+            u = (z[:, None] - self.low_um) / (LENGTH * width)
+            out: Floats = np.einsum(
+                "cw,zcw->zc", waves, np.cos(u[..., None] * frequency + phase)
+            )
+            return out
 
         z, y = np.array(self._z), np.array(self._y)
         f = peak(z)
@@ -343,7 +351,8 @@ class CurvePosterior:
 
         def correlation(x: Floats) -> Floats:
             apart = (x[:, None, None] - z[None, :, None]) / (LENGTH * width)
-            return np.exp(-0.5 * apart**2)  # (x, look, curve)
+            out: Floats = np.exp(-0.5 * apart**2)  # (x, look, curve)
+            return out
 
         cov = correlation(z) * sd[:, None] * sd[None]
         cov += np.eye(len(z))[..., None] * own

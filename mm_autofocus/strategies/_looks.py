@@ -38,6 +38,11 @@ _REPEATS = 0.35
 
 _SAME_UM = 1e-6
 
+# The quietest of many pairs is quieter than their noise by about so much; with fewer than
+# four looks there is no choice among pairs.
+_QUIETEST = 1.5
+_FEW = 4
+
 # Looks above this part of the contrast stand on the peak.
 _FOOT = 0.1
 _ON_PEAK = 3
@@ -124,8 +129,11 @@ class ScoredLooks:
         """
         ordered = sorted(self.looks, key=lambda look: look.z_um)
         found = [
-            noise_of_tiles(b.tiles - a.tiles) / np.sqrt(2.0) * _scale(a, b)
+            max(noise_of_tiles(b.tiles - a.tiles), self._least / np.sqrt(b.tiles.size))
+            / np.sqrt(2.0)
+            * _scale(a, b)
             for a, b in pairwise(ordered)
+            if b.z_um - a.z_um > _SAME_UM
         ]
         tiles = float(min(found, default=0.0))
         # What all tiles share, a lamp's flicker, shows only where a look was repeated.
@@ -138,10 +146,20 @@ class ScoredLooks:
         return max(tiles, repeats)
 
     def significance(self) -> float:
-        """By how many standard deviations of noise the best look exceeds the worst."""
+        """By how many standard deviations of noise the best look exceeds the worst.
+
+        Compared with the scatter between their own tiles, or with the noise of the
+        quietest pair of looks: on a plateau the specimen itself changes from tile to tile,
+        up in some and down in others, and that is no noise.
+        """
         if len(self.looks) < 2:
             return 0.0
-        return self._compare(self.best, self.worst)
+        best, worst = self.best, self.worst
+        own = self._compare(best, worst)
+        rise, noise = best.score - worst.score, _QUIETEST * np.sqrt(2.0) * self.noise()
+        if rise <= 0 or len(self.looks) < _FEW:
+            return own
+        return max(own, rise / noise) if noise > 0 else own
 
     def _compare(self, a: ScoredLook, b: ScoredLook) -> float:
         return compare_tiles(a.tiles, b.tiles, least=self._least)
@@ -149,7 +167,7 @@ class ScoredLooks:
     @property
     def flat(self) -> bool:
         """Whether the looks differ by no more than their noise explains."""
-        return self.best.score == self.worst.score or self.significance() < SIGNIFICANT
+        return self.best.score <= 0 or self.significance() < SIGNIFICANT
 
     @property
     def weak(self) -> bool:

@@ -62,7 +62,7 @@ class Brent:
         )
 
 
-def bounded_brent(low: float, high: float, tolerance: float) -> Generator[float, float, float]:
+def bounded_brent(low: float, high: float, tolerance: float) -> Generator[float, float, float]:  # noqa: PLR0912
     """Minimise a function within bounds; yields points, is sent values, returns the best.
 
     The points are those of ``scipy.optimize.minimize_scalar(method="bounded")`` with

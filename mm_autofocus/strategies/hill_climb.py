@@ -23,7 +23,7 @@ from mm_autofocus.types import FocusRequest, FocusResult, Look, Looking
 __all__ = ["HillClimb"]
 
 # Without a tolerance: sharpness that may be lost, in parts of the peak.
-_LOSS = 0.018
+_LOSS = 0.016
 # With one, a peak so flat that nothing is lost within it need not be known more closely.
 _NO_LOSS = 0.003
 
@@ -32,9 +32,13 @@ _NO_LOSS = 0.003
 _NEAR = 0.2
 _AS_SHARP = 0.97
 
-# Sharpness that a peak beyond the limits may have over the answer.
-_EDGE_LOSS = 0.05
-_LIKELY_EDGE_LOSS = 0.02  # ... where it is more likely beyond them than not
+# Sharpness that a peak beyond the limits may be expected to have over the answer; less,
+# where it is more likely beyond them than within.
+_BEYOND = 0.04
+_LIKELY_BEYOND = 0.01
+
+_FEWEST = 3
+_CANDIDATES = 33
 
 # A contrast that is still weak after so many looks is repeated before it is followed.
 _CONFIRM_AFTER = 5
@@ -43,9 +47,6 @@ _CONFIRM_AFTER = 5
 # than reaches its foot.
 _STRIDE = 0.4
 _KNOWN_STRIDE = 1.6
-
-_FEWEST = 3
-_CANDIDATES = 33
 
 
 class HillClimb:
@@ -106,10 +107,9 @@ class _Climb:
             return (yield from self._no_room())
         first = request.z_start_um if request.prior is None else request.prior.z_um
         yield from self._look(first)
-        estimate = self._learn()
         while looks.left > 0:
             if len(looks) == 1:
-                z = self._stride(estimate)
+                z = self._stride()
             elif looks.flat:
                 gap = looks.widest_gap()
                 if gap[1] <= self._resolved_um():
@@ -144,7 +144,7 @@ class _Climb:
 
     # -- where to look next ------------------------------------------------------------
 
-    def _stride(self, estimate: Estimate) -> float:
+    def _stride(self) -> float:
         """The second look, of which the first says nothing: towards the wider side."""
         here = self.looks.best.z_um
         step = self.request.step_um
@@ -156,7 +156,7 @@ class _Climb:
         return here + step if up else here - step
 
     def _next(self, estimate: Estimate) -> float | None:
-        """z of the next look; None if no further look is needed, or would teach anything."""
+        """Where to look next (µm); None if no look is needed, or none would teach anything."""
         if len(self.looks) >= _FEWEST and self._sure(estimate):
             if self._supported(estimate) or self._seen(estimate.z_um, estimate):
                 return None
@@ -173,9 +173,10 @@ class _Climb:
 
     def _supported(self, estimate: Estimate) -> bool:
         best = self.looks.best.score
+        # a stage of coarse steps cannot come nearer
+        near = max(_NEAR * estimate.width_um, self._apart_um(estimate))
         return any(
-            look.score >= _AS_SHARP * best
-            and abs(look.z_um - estimate.z_um) <= _NEAR * estimate.width_um
+            look.score >= _AS_SHARP * best and abs(look.z_um - estimate.z_um) <= near
             for look in self.looks.looks
         )
 
@@ -223,9 +224,7 @@ class _Climb:
             z, score = looks.best.z_um, looks.best.score
             error = math.hypot(error, z - estimate.z_um)
             doubt = "the focus curve has not one peak; this is the best look"
-        elif estimate.loss_beyond > (
-            _LIKELY_EDGE_LOSS if estimate.outside > 0.5 else _EDGE_LOSS
-        ):
+        elif estimate.beyond > (_LIKELY_BEYOND if estimate.outside > 0.5 else _BEYOND):
             edge = self.low if z - self.low < self.high - z else self.high
             doubt = f"the peak may lie beyond the limit of the search, {edge:.6g} µm"
         elif not self._sure(estimate):

@@ -1,0 +1,39 @@
+"""Sections of RESULTS.md, each replaced by the script that measured it."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+_HEAD = "# Measured\n\nWritten by the scripts beside this file; each replaces its own section.\n"
+
+
+def environment() -> str:
+    """The versions and the machine, for the foot of a section."""
+    packages = ("numpy", "opencv-python-headless", "scipy", "tifffile", "pymmcore-plus")
+    versions = ", ".join(f"{p} {version(p)}" for p in packages)
+    return f"Python {platform.python_version()}, {versions}; {platform.machine()} {platform.system()}"
+
+
+def write_section(key: str, title: str, text: str) -> None:
+    """Replace (or append) one section.
+
+    Parameters
+    ----------
+    key : str
+        Name in the HTML comments that enclose the section.
+    title, text : str
+        Heading and Markdown body.
+    """
+    begin, end = f"<!-- begin {key} -->", f"<!-- end {key} -->"
+    section = f"{begin}\n## {title}\n\n{text.strip()}\n\n*{environment()}*\n{end}"
+    document = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else _HEAD
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if pattern.search(document):
+        document = pattern.sub(lambda _: section, document)
+    else:
+        document = f"{document.rstrip()}\n\n{section}\n"
+    RESULTS.write_text(document, encoding="utf-8")

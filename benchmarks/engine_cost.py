@@ -1,0 +1,79 @@
+"""What the engine costs a plan without autofocus, beside the stock engine.
+
+Both run the same plan on the same core, in turn, in the same process; the ratio is taken
+pair by pair, so that a machine whose speed drifts does not decide.
+
+    python benchmarks/engine_cost.py [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+
+import useq
+from pymmcore_plus.mda import MDAEngine
+
+from _results import write_section
+from mm_autofocus import AutofocusEngine
+from mm_autofocus.config import close_core, open_core
+
+PLANS = {
+    "one position, 300 frames": useq.MDASequence(
+        stage_positions=[(0, 0, 0)], time_plan={"interval": 0, "loops": 300}
+    ),
+    "60 positions": useq.MDASequence(stage_positions=[(i, 0, 0) for i in range(60)]),
+    "10 positions, 3 channels, 5 planes": useq.MDASequence(
+        stage_positions=[(i, 0, 0) for i in range(10)],
+        channels=["DAPI", "FITC", "Rhodamine"],
+        z_plan={"range": 4, "step": 1},
+    ),
+}
+
+
+def main() -> None:
+    """Run and print, or write, the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--write", action="store_true", help="replace the section in RESULTS.md")
+    args = parser.parse_args()
+    logging.getLogger("pymmcore-plus").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    core = open_core("demo_camera.cfg")
+    core.setProperty("Camera", "FastImage", "1")
+    core.setExposure(0)
+    engines = {"stock": MDAEngine(core), "ours": AutofocusEngine(core)}
+    rows = ["| plan | stock, ms an event | ratio ours / stock (median) | 5 … 95 % of the pairs |"]
+    rows.append("|---|---|---|---|")
+    for name, plan in PLANS.items():
+        events = sum(1 for _ in plan)
+        times: dict[str, list[float]] = {"stock": [], "ours": []}
+        for pair in range(args.pairs + 1):
+            order = ["stock", "ours"] if pair % 2 else ["ours", "stock"]
+            for which in order:
+                core.mda.set_engine(engines[which])
+                start = time.perf_counter()
+                core.mda.run(plan)
+                if pair:  # the first pair warms up
+                    times[which].append(time.perf_counter() - start)
+        ratios = sorted(a / b for a, b in zip(times["ours"], times["stock"], strict=True))
+        low, high = ratios[len(ratios) // 20], ratios[-1 - len(ratios) // 20]
+        stock_ms = 1e3 * statistics.median(times["stock"]) / events
+        rows.append(
+            f"| {name} | {stock_ms:.2f} | {statistics.median(ratios):.3f} | {low:.3f} … {high:.3f} |"
+        )
+    close_core(core)
+    text = (
+        "Plans without autofocus on the DemoCamera adapters "
+        f"({args.pairs} pairs each, mark: ratio ≤ 1.03).\n\n" + "\n".join(rows)
+    )
+    print(text)
+    if args.write:
+        write_section("engine-cost", "Cost of the engine", text)
+
+
+if __name__ == "__main__":
+    main()

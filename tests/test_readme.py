@@ -1,0 +1,54 @@
+"""The README: its commands run, and its settings and links exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import PLANS, ROOT
+
+from mm_autofocus import cli
+from mm_autofocus.settings import parse_settings
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(marker: str) -> str:
+    match = re.search(rf"<!-- {marker} -->\n```\w*\n(.*?)```\n<!-- end -->", README, re.DOTALL)
+    assert match is not None, marker
+    return match.group(1)
+
+
+def test_the_commands_run_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(PLANS, tmp_path / "acquisition_plans")
+    monkeypatch.chdir(tmp_path)
+    for line in block("run: commands").splitlines():
+        program, *args = shlex.split(line)
+        assert program == "mm-autofocus"
+        with pytest.raises(SystemExit) as e:
+            cli.main(args)
+        assert e.value.code in (0, None), line
+    assert (tmp_path / "run.html").stat().st_size > 10_000
+    assert "3 searches, 0 to distrust" in capsys.readouterr().out
+
+
+def test_the_demo_is_what_the_install_line_ends_with() -> None:
+    assert block("demo-command").strip().endswith("&& mm-autofocus demo")
+    assert block("test-command").strip().startswith("pip install -e")
+
+
+def test_the_settings_it_shows_are_settings() -> None:
+    for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL):
+        data = yaml.safe_load(text)
+        parse_settings(data["metadata"]["mm_autofocus"])
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
