@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from mm_autofocus.metrics import FocusMeasure, brenner
 
 from _results import write_section
-from mm_autofocus.metrics import FocusMeasure, brenner
 
 SIZE = 2048
 

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-
-from _results import write_section
 from mm_autofocus.drive import drive
 from mm_autofocus.metrics import brenner
 from mm_autofocus.registry import METRICS, STRATEGIES
 from mm_autofocus.replay import RecordedStack, load_stack, request_for
 from mm_autofocus.settings import AutofocusSettings
 from mm_autofocus.types import FocusRequest, Look
+from scipy.optimize import minimize_scalar
+
+from _results import write_section
 
 OFFSETS_UM = (-9.0, -5.0, 5.0, 9.0)
 RANGE_UM = 10.0
@@ -51,6 +51,7 @@ class Tally:
     seconds: float = 0.0
 
     def row(self, name: str) -> str:
+        """One line of the table."""
         q = 100 * np.array(self.quality)
         status = ", ".join(f"{n} {s}" for s, n in self.status.most_common()) or "–"
         return (
@@ -181,7 +182,7 @@ def stacks_part(folder: Path) -> str:
         "",
         "From ±9 µm the limit of the search lies 1 µm beyond the centroid: there, "
         "`low-confidence` says that the peak may lie beyond it. "
-        f"Its computing took {1e3 * climb.seconds / sum(climb.looks):.0f} ms a look, loop and "
+        f"The computing of `hill-climb` took {1e3 * climb.seconds / sum(climb.looks):.0f} ms a look, loop and "
         "focus measure included.",
     ]
     return "\n".join(lines)
@@ -287,19 +288,23 @@ class CoreRig:
     floating: bool
 
     def position_um(self) -> float:
+        """Where the stage stands."""
         return float(self.core.getZPosition())
 
     def move_to(self, z_um: float) -> None:
+        """Go there and wait."""
         self.core.setZPosition(z_um)
         self.core.waitForDevice(self.core.getFocusDevice())
 
     def look(self) -> Look:
+        """Snap."""
         self.core.snapImage()
         image = self.core.getImage()
         # this camera's 32 bits are floating point, which the core calls integers
         return Look(self.position_um(), image.view(np.float32) if self.floating else image)
 
     def looking(self) -> AbstractContextManager[None]:
+        """Nothing to prepare."""
         return nullcontext()
 
 

@@ -60,6 +60,8 @@ def _main(
 ) -> None:
     del version
     _state["debug"] = debug
+    # a full disk also stops the host's log file, and is no reason for a traceback
+    logging.raiseExceptions = debug
     if debug:
         logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
 

@@ -109,7 +109,8 @@ class AutofocusSettings(_Strict):
     strategy : str
         Name of the strategy.
     range_um : float
-        Search half-range around the start of the search; also the maximum excursion.
+        Search half-range around the start of the search; also the maximum excursion. Where
+        the start was guessed from a neighbour, the same around the plan's z is in reach.
     step_um : float | None
         First step; None: the strategy chooses it from optics and range.
     tolerance_um : float | None

@@ -55,6 +55,17 @@ def test_a_stack_fits_into_the_limits_wherever_focus_is_found() -> None:
         ledger.check_home(7.0, "stage_positions[1]")
 
 
+def test_a_neighbours_guess_does_not_put_the_plans_z_out_of_reach() -> None:
+    ledger = Ledger(AutofocusSettings(range_um=20.0), 0.0)
+    enter(ledger, place(12.0, p=0), 0.0)
+    request = ledger.request(place(-9.0, p=1))
+    assert request.z_start_um == -21.0
+    assert (request.z_min_um, request.z_max_um) == (-41.0, 11.0)
+    enter(ledger, place(-9.0, p=1), 0.0)
+    request = ledger.request(place(-9.0, p=1))  # its own last focus is no guess
+    assert (request.z_min_um, request.z_max_um) == (-20.0, 20.0)
+
+
 @given(
     st.floats(-40, 40),
     st.lists(

@@ -7,6 +7,7 @@ import csv
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.ndimage import gaussian_filter
@@ -35,6 +36,8 @@ NOISE = {
 }
 
 METRICS_WITH_NOISE = {n: NOISE.get(n, 1) != 0 for n in NAMES}
+
+calm = hypothesis_settings(deadline=None, derandomize=True)
 
 RNG = np.random.default_rng(3)
 TEXTURE = gaussian_filter(RNG.normal(size=(96, 120)), 1.0)
@@ -98,6 +101,7 @@ def test_views_score_as_their_copies(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@calm
 @given(image=images)
 def test_grows_with_a_power_of_the_intensity(name, image):
     score = METRICS.get(name)
@@ -107,6 +111,7 @@ def test_grows_with_a_power_of_the_intensity(name, image):
 
 
 @pytest.mark.parametrize("name", OFFSET_FREE)
+@calm
 @given(image=images, offset=st.integers(1, 5000))
 def test_ignores_an_offset(name, image, offset):
     score = METRICS.get(name)
@@ -116,11 +121,13 @@ def test_ignores_an_offset(name, image, offset):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@calm
 @given(value=st.integers(0, 255))
 def test_an_empty_field_scores_nothing(name, value):
     assert METRICS.get(name)(np.full((9, 9), value, np.uint8)) == pytest.approx(0, abs=1e-9)
 
 
+@calm
 @given(image=images)
 def test_mirrored_in_y_is_as_sharp(image):
     assert metrics.brenner(image[::-1]) == pytest.approx(metrics.brenner(image))
@@ -182,6 +189,7 @@ def test_normalized_score_ignores_the_lamp(name):
     assert measure(1.7 * TEXTURE) == pytest.approx(measure(TEXTURE), rel=1e-9)
 
 
+@calm
 @given(lamp=st.floats(0.2, 5), background=st.floats(0, 500))
 def test_normalized_score_takes_the_background_off(lamp, background):
     measure = FocusMeasure("brenner", MetricOptions(normalize=True, background=background))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mm_autofocus.drive import drive
@@ -13,6 +14,8 @@ from mm_autofocus.errors import InputError
 from mm_autofocus.replay import RecordedStack, load_stack, replay, request_for
 from mm_autofocus.settings import AutofocusSettings, parse_settings
 from mm_autofocus.strategies.sweep import Sweep
+
+calm = hypothesis_settings(deadline=None, derandomize=True)
 
 RNG = np.random.default_rng(0)
 TEXTURE = RNG.normal(size=(64, 64))
@@ -25,6 +28,7 @@ def recorded(planes=21, peak=12.0, width=4.0, dtype=np.uint16):
     return np.rint(120 + contrast[:, None, None] * TEXTURE + noise).clip(0).astype(dtype)
 
 
+@calm
 @given(z=st.floats(-5, 25), step=st.floats(0.05, 3))
 def test_a_look_is_the_nearest_plane(z, step):
     stack = np.arange(11, dtype=np.uint8)[:, None, None] * np.ones((4, 4), np.uint8)

@@ -14,6 +14,7 @@ import useq
 from mm_autofocus.errors import HardwareError, InputError
 from mm_autofocus.sim import keep_pixel_size, microscope, truth
 from mm_autofocus.sim.microscope import OBJECTIVES
+from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.experimental.unicore import UniMMCore
 
 CFG = Path(__file__).parent.parent / "demo_config" / "virtual_slide.cfg"
@@ -41,6 +42,8 @@ def make_scope() -> Iterator[Make]:
         core.mda.cancel()
         core.stopSequenceAcquisition()
         core.unloadAllDevices()
+        # Its callback thread may else outlive the interpreter and abort the process.
+        super(CMMCorePlus, core).registerCallback(None)
 
 
 @pytest.fixture

@@ -181,24 +181,29 @@ class Ledger:
         prior = self.surface.predict(place.key, place.x_um, place.y_um)
         low, high = self.limits_um()
         start = min(max(home + (prior.z_um if prior else 0.0), low), high)
-        if prior is not None:
-            prior = Prior(home + prior.z_um, prior.sd_um, prior.source)
-        return self._request(start, prior, pixel_size_um)
+        if prior is None:
+            return self._request(start, start, None, pixel_size_um)
+        # A neighbour's correction is a guess; the z that the plan gives this place stays
+        # within reach, in case the plan knew better.
+        also = home if prior.source == "neighbour" and low <= home <= high else start
+        prior = Prior(home + prior.z_um, prior.sd_um, prior.source)
+        return self._request(start, also, prior, pixel_size_um)
 
     def request_from(self, z_um: float, pixel_size_um: float | None = None) -> FocusRequest:
         """The task of focusing from where the stage stands, whatever was known before."""
         low, high = self.limits_um()
-        return self._request(min(max(z_um, low), high), None, pixel_size_um)
+        start = min(max(z_um, low), high)
+        return self._request(start, start, None, pixel_size_um)
 
     def _request(
-        self, start_um: float, prior: Prior | None, pixel_size_um: float | None
+        self, start_um: float, also_um: float, prior: Prior | None, pixel_size_um: float | None
     ) -> FocusRequest:
         s = self.settings
         low, high = self.limits_um()
         return FocusRequest(
             z_start_um=start_um,
-            z_min_um=max(low, start_um - s.range_um),
-            z_max_um=min(high, start_um + s.range_um),
+            z_min_um=max(low, min(start_um, also_um) - s.range_um),
+            z_max_um=min(high, max(start_um, also_um) + s.range_um),
             max_looks=s.max_looks,
             tolerance_um=s.tolerance_um,
             step_um=s.step_um,

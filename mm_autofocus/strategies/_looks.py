@@ -31,7 +31,7 @@ The range of 20 looks that differ by noise alone is about 2.6 ± 0.5 in this uni
 
 # A change of the lamp between two looks moves all tiles together, and no statistics over
 # tiles can see it. Above this ratio of worst to best score it could explain the contrast.
-_WEAK = 0.55
+_WEAK = 0.4
 
 # A look repeated at the same z may differ by so much of the contrast.
 _REPEATS = 0.35
@@ -48,7 +48,8 @@ _FOOT = 0.1
 _ON_PEAK = 3
 
 _FLICKER = 4.0
-_DARK = 0.02
+_DARK = 0.005
+_DARK_LEVELS = 4.0
 _SATURATED = 0.25
 
 
@@ -105,6 +106,16 @@ class ScoredLooks:
     def best(self) -> ScoredLook:
         """The look with the highest score; of equal ones, the first."""
         return max(self.looks, key=lambda look: look.score)
+
+    @property
+    def neighbours(self) -> tuple[float, float]:
+        """Where the looks next to the best were taken (µm), or the limits."""
+        z, best = self.z, self.best.z_um
+        below, above = z[z < best - _SAME_UM], z[z > best + _SAME_UM]
+        return (
+            float(below.max()) if below.size else self.request.z_min_um,
+            float(above.min()) if above.size else self.request.z_max_um,
+        )
 
     @property
     def worst(self) -> ScoredLook:
@@ -213,7 +224,7 @@ class ScoredLooks:
                 if saturated > _SATURATED:
                     return f"saturated image: {saturated:.0%} of its pixels are at the maximum"
             top = float(image.max())
-            if known is not None and top <= _DARK * known:
+            if known is not None and top <= max(_DARK * known, _DARK_LEVELS):
                 return (
                     f"dark image, at most {top:g} of {known:g}: is the shutter open and the "
                     "lamp on?"

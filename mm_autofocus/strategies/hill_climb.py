@@ -218,7 +218,10 @@ class _Climb:
 
     def _finish(self, estimate: Estimate) -> Looking:
         looks = self.looks
-        z, error, score = estimate.z_um, estimate.sd_um, estimate.score
+        # One peak lies between the neighbours of the best look, whatever the model thinks.
+        low, high = looks.neighbours
+        z = min(max(estimate.z_um, low), high)
+        error, score = estimate.sd_um, estimate.score
         doubt = ""
         if not self._supported(estimate):
             z, score = looks.best.z_um, looks.best.score
