@@ -74,11 +74,17 @@ def demo(
     strategy: StrategyName = None,
     set_: Sets = None,
     json_: Json = False,
+    real_time: Annotated[
+        bool, typer.Option("--real-time", help="Let the stage take its time.")
+    ] = False,
 ) -> None:
-    """Focus a demo specimen, end to end, without hardware."""
+    """Focus the virtual slide, end to end, without hardware."""
     from mm_autofocus.demo import run_demo
 
-    raise typer.Exit(run_demo(output, strategy, parse_sets(set_), as_json=json_))
+    code = run_demo(
+        output, strategy, parse_sets(set_), as_json=json_, real_time=real_time
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -1,51 +1,106 @@
-"""``mm-autofocus demo``: the whole way, without hardware."""
+"""``mm-autofocus demo``: the whole way on the virtual slide, without hardware.
+
+The only module outside of `sim` that imports it. The truth that the simulator knows is asked
+for after the run is over, to judge it.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
+from mm_autofocus.console import COLUMNS, tile_table
 from mm_autofocus.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["demo_plan", "run_demo"]
+    from mm_autofocus.api import RunResult
+    from mm_autofocus.sim.microscope import Exposure, Microscope
 
-# Tiles of the demo begin so far out of focus, in µm: both sides, near and far.
-_STARTS_UM = (-18.0, 12.0, -5.0, 7.5, -11.0, 16.0, -2.5, 9.0, -14.0)
+__all__ = ["Tile", "demo_plan", "run_demo"]
+
+# Six by five fields, 500 µm apart, where the tissue of slide 1 ends: dense, sparse and
+# extremely sparse fields, and blank glass, over 1.5 … 3 µm of tilt and waves.
+_COLUMNS_UM = (-1500.0, -1000.0, -500.0, 0.0, 500.0, 1000.0)
+_ROWS_UM = (-1000.0, -1500.0, -2000.0, -2500.0, -3000.0)
+_START_UM = 9.0
+"""Where the operator left the focus stage: well out of focus."""
+
+# What a slide is taken to be when its duration is told.
+_SLIDE_MM = 15.0
+
+_DEMO_COLUMNS = (
+    COLUMNS[0],
+    ("kind", "kind"),
+    *COLUMNS[1:],
+    ("true defocus", "true_defocus_um"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What the simulator knows of one saved tile.
+
+    Attributes
+    ----------
+    kind : str
+        ``dense``, ``sparse``, ``extremely-sparse`` or ``blank``.
+    true_defocus_um : float | None
+        Defocus of the saved frame by the focus measure on noiseless images, in µm,
+        positive above focus; None on a blank field.
+    focus_um : float | None
+        What the stage would have had to read to be in focus, in µm.
+    dof_um : float
+        Depth of field.
+    """
+
+    kind: str
+    true_defocus_um: float | None
+    focus_um: float | None
+    dof_um: float
 
 
 def demo_plan() -> dict[str, Any]:
-    """Return the plan of the demo: nine tiles, each begun out of focus, two channels."""
+    """Return the plan of the demo: thirty tiles in a snake, each focused, one frame each."""
+    tiles = []
+    for row, y in enumerate(_ROWS_UM):
+        columns = list(enumerate(_COLUMNS_UM))
+        for column, x in columns if row % 2 == 0 else reversed(columns):
+            tiles.append({"x": x, "y": y, "name": f"r{row + 1}c{column + 1}"})
     return {
-        "axis_order": "tpcz",
-        "stage_positions": [
-            {"x": 300.0 * (i % 3), "y": 300.0 * (i // 3), "z": z, "name": f"tile {i + 1}"}
-            for i, z in enumerate(_STARTS_UM)
-        ],
-        "channels": [
-            {"config": "FITC", "exposure": 20},
-            {"config": "Rhodamine", "exposure": 20},
-        ],
+        "stage_positions": tiles,
+        "channels": [{"config": "Brightfield", "exposure": 5.0}],
         "autofocus_plan": {"axes": ("p",)},
         "metadata": {
             "mm_autofocus": {
                 "strategy": "hill-climb",
-                "range_um": 20.0,
-                "z_min_um": -50.0,
-                "z_max_um": 50.0,
-                # each tile is begun from its own wrong z, not from its neighbour's focus
-                "prior": "none",
+                "range_um": 15.0,
+                "z_min_um": -40.0,
+                "z_max_um": 40.0,
+                # each tile begins where the surface through the tiles before expects it
+                "prior": "surface",
+                "backlash_um": 1.0,
+                "na": 0.75,
+                "magnification": 20.0,
             }
         },
     }
 
 
 def run_demo(
-    output: Path, strategy: str | None, overrides: Mapping[str, Any], *, as_json: bool
+    output: Path,
+    strategy: str | None,
+    overrides: Mapping[str, Any],
+    *,
+    as_json: bool,
+    real_time: bool = False,
 ) -> int:
     """Run the demo; return the exit code.
 
@@ -60,11 +115,14 @@ def run_demo(
         Replace single settings.
     as_json : bool
         Print one JSON document on stdout and nothing else there.
+    real_time : bool
+        Let stage and camera take the time that real ones would.
     """
     from mm_autofocus.cli import run_shown
     from mm_autofocus.config import close_core, open_core
     from mm_autofocus.plan import load_plan
     from mm_autofocus.report import write_report
+    from mm_autofocus.sim.truth import microscope_of
 
     sequence = load_plan(demo_plan(), strategy=strategy, overrides=overrides)
     try:
@@ -72,15 +130,110 @@ def run_demo(
     except OSError as e:
         raise InputError(f"{output}: cannot be made ({e.strerror})") from None
     file, report = output / "demo.ome.tiff", output / "report.html"
-    core = open_core("demo_camera.cfg")
+    core = open_core("virtual_slide.cfg")
     try:
+        if real_time:
+            core.setProperty("Slide", "time", "real")
+        core.setZPosition(_START_UM)
+        scope = microscope_of(core)
+        saved: dict[int, tuple[Exposure, float]] = {}
+
+        def keep(_: Any, event: Any, meta: Any) -> None:
+            saved[event.index["p"]] = scope.exposures[-1], meta["position"]["z"]
+
+        core.mda.events.frameReady.connect(keep)
+        began_s = scope.clock.now_s
         result = run_shown(sequence, core, file, as_json=as_json, overwrite=True)
+        took_s = scope.clock.now_s - began_s
+        tiles = _judge(scope, saved)
     finally:
         close_core(core)
-    write_report(file, report, overwrite=True)
+    rows = [_row(r, tiles.get(r["index"]["p"])) for r in result.records]
+    write_report(
+        file,
+        report,
+        overwrite=True,
+        truth={r["position"]: r for r in rows if r["focus_um"] is not None},
+    )
+    verdict = _verdict(rows)
     if as_json:
-        document = {**result.to_json(), "report": str(report)}
+        document = result.to_json()
+        for entry, row in zip(document["autofocus"], rows, strict=True):
+            entry |= {k: row[k] for k in ("kind", "true_defocus_um", "dof_um")}
+        document |= {"report": str(report), "stage_time_s": took_s, **verdict}
         sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     else:
-        sys.stdout.write(f"report: {report}\n")
+        _tell(rows, verdict, took_s, result, report)
     return result.exit_code
+
+
+def _judge(scope: Microscope, saved: Mapping[int, tuple[Exposure, float]]) -> dict[int, Tile]:
+    """Ask the simulator for the truth about each saved frame; in two threads."""
+    from mm_autofocus.sim.truth import defocus_um
+
+    def judge(item: tuple[int, tuple[Exposure, float]]) -> tuple[int, Tile]:
+        p, (exposure, reading_um) = item
+        view = exposure.view
+        size = (view.shape[1] * view.pitch_um, view.shape[0] * view.pitch_um)
+        kind = scope.slide.sparsity(view.x_um, view.y_um, size)
+        defocus = defocus_um(scope, exposure)
+        focus = None if defocus is None else reading_um - defocus
+        return p, Tile(kind, defocus, focus, view.dof_um)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(judge, saved.items()))
+
+
+def _row(record: dict[str, Any], tile: Tile | None) -> dict[str, Any]:
+    return {
+        **record,
+        "kind": tile.kind if tile else None,
+        "true_defocus_um": tile.true_defocus_um if tile else None,
+        "focus_um": tile.focus_um if tile else None,
+        "dof_um": tile.dof_um if tile else None,
+    }
+
+
+def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Count what the marks of the demo count."""
+    tissue = [r for r in rows if r["true_defocus_um"] is not None]
+    blank = [r for r in rows if r["kind"] == "blank"]
+
+    def within(part: float) -> int:
+        return sum(abs(r["true_defocus_um"]) <= part * r["dof_um"] for r in tissue)
+
+    return {
+        "non_blank": len(tissue),
+        "within_dof": within(1.0),
+        "within_half_dof": within(0.5),
+        "blank": len(blank),
+        "blank_reported": sum(r["status"] == "failed" for r in blank),
+        "false_ok": sum(r["status"] == "ok" for r in blank)
+        + sum(
+            r["status"] == "ok" and abs(r["true_defocus_um"]) > r["dof_um"] for r in tissue
+        ),
+    }
+
+
+def _tell(
+    rows: list[dict[str, Any]],
+    verdict: dict[str, Any],
+    took_s: float,
+    result: RunResult,
+    report: Path,
+) -> None:
+    console = Console()
+    console.print(tile_table(rows, _DEMO_COLUMNS))
+    tiles_per_slide = (_SLIDE_MM * 1000 / (512 * 0.325)) ** 2
+    each_s = took_s / max(len(rows), 1)
+    for line in (
+        f"simulated: {verdict['within_half_dof']} of {verdict['non_blank']} tiles with specimen "
+        f"within half a depth of field of the truth, {verdict['within_dof']} within one",
+        f"simulated: {verdict['blank_reported']} of {verdict['blank']} blank tiles reported as "
+        f"not focused, {verdict['false_ok']} false ok",
+        f"stage and camera would take {each_s:.2f} s a tile: {tiles_per_slide * each_s / 60:.0f} "
+        f"minutes for {_SLIDE_MM:g} × {_SLIDE_MM:g} mm at 20×",
+        f"report: {report}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+    del result

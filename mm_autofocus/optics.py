@@ -374,7 +374,7 @@ class AbbeImager:
         Spread each source point over its patch when defocused.
     cache_mb : float
         Spectra are kept while they need no more than this; else they are computed anew
-        for each image (only with more than one layer).
+        for each image.
 
     Raises
     ------
@@ -425,10 +425,10 @@ class AbbeImager:
         self._prepare_steps()
         self._spectra: list[Complex] = []
         size_mb = self._pupil.inside.size * 8e-6 * len(self._shifts)
-        if not self._rest or size_mb <= cache_mb:
+        if size_mb <= cache_mb:
             self._spectra = [self._exit(shift) for shift in self._shifts]
             self._rest, self._steps = [], []
-            self._first = self._back = np.zeros((0, 0), np.complex64)
+            self._first = self._back = np.zeros((0, 0), np.complex64)  # no longer needed
 
     @property
     def z_mean_um(self) -> float:

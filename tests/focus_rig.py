@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
-
 from mm_autofocus.errors import HardwareError
 from mm_autofocus.types import Look
+from scipy.ndimage import gaussian_filter
 
 _TEXTURE = gaussian_filter(np.random.default_rng(5).normal(size=(128, 128)), 1.0)
 _TEXTURE /= _TEXTURE.std()

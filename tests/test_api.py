@@ -201,3 +201,38 @@ def test_autofocus_on_a_blank_field_comes_back(make_core: Callable[..., CMMCoreP
     assert (result.status, result.z_um) == ("failed", None)
     assert result.reason
     assert core.getZPosition() == 4.0
+
+
+def test_two_cameras_are_two_channels(tmp_path: Path) -> None:
+    """The real Multi Camera adapter, focused by the first of its cameras."""
+    from conftest import ROOT
+
+    from mm_autofocus.config import close_core, open_core
+
+    text = (ROOT / "demo_config" / "demo_camera.cfg").read_text()
+    text = text.replace(
+        "Property,Core,Initialize,1",
+        "Device,Camera2,DemoCamera,DCam\nParent,Camera2,DHub\n"
+        "Device,Both,Utilities,Multi Camera\nProperty,Core,Initialize,1",
+    ).replace(
+        "Property,Core,Camera,Camera",
+        "Property,Both,Physical Camera 1,Camera\nProperty,Both,Physical Camera 2,Camera2\n"
+        "Property,Core,Camera,Both",
+    )
+    text += (
+        "ConfigGroup,System,Startup,Camera2,PixelType,16bit\n"
+        "ConfigGroup,System,Startup,Camera2,BitDepth,16\n"
+    )
+    cfg = tmp_path / "both.cfg"
+    cfg.write_text(text)
+    core = open_core(cfg)
+    try:
+        file = tmp_path / "both.ome.tiff"
+        result = run(plan(channels=["FITC", "DAPI"]), core=core, output=file)
+    finally:
+        close_core(core)
+    assert [r["status"] for r in result.records] == ["ok", "ok"]
+    record = read_record(file)
+    assert [i.shape for i in record.images] == [(1, 4, 1, 512, 512)] * 2
+    assert record.images[0].gaps == {}
+    assert len(set(record.images[0].channels)) == 4

@@ -333,3 +333,32 @@ def test_a_full_disk_is_exit_code_3_with_a_readable_file(tmp_path: Path) -> None
     assert 5 <= record.frames <= 9  # of half a megabyte each
     assert f"{record.frames} frames are saved" in process.stderr
     assert read_plane(file, 0).shape == (512, 512)
+
+
+def test_a_killed_run_is_mended_by_inspect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = write(tmp_path / "long.yaml", plan(time_plan={"interval": 0, "loops": 400}))
+    file = tmp_path / "run.ome.tiff"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from mm_autofocus.cli import main; main()", "run", str(long),
+         "--config", "demo_camera.cfg", "-o", str(file), "--set", "every=1000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.stat().st_size > 3_000_000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=60)
+    code, out, _ = call(capsys, "inspect", file)
+    assert code == 0
+    assert "INCOMPLETE" in out
+    code, out, _ = call(capsys, "inspect", file, "--repair", "--json")
+    assert code == 0
+    record = json.loads(out)
+    assert record["complete"]
+    assert record["repaired"]
+    assert record["frames"] >= 5
+    assert [r["position"] for r in record["autofocus"]] == ["A1", "A2", "B2"]
+    with tifffile.TiffFile(file) as tif:
+        assert {s.shape[-2:] for s in tif.series} == {(512, 512)}

@@ -7,12 +7,12 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from focus_rig import FocusRig
 from mm_autofocus.drive import LookBudgetError, drive
 from mm_autofocus.errors import CancelledError, HardwareError, LimitError
 from mm_autofocus.registry import STRATEGIES
 from mm_autofocus.types import FocusRequest, FocusResult
+
+from focus_rig import FocusRig
 
 REQUEST = FocusRequest(0.0, -10.0, 10.0, max_looks=6)
 

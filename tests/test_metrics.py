@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.ndimage import gaussian_filter
-
 from mm_autofocus import metrics
 from mm_autofocus.errors import InputError
 from mm_autofocus.metrics import FocusMeasure, compare_tiles, noise_variance
 from mm_autofocus.registry import METRICS
 from mm_autofocus.replay import load_stack
 from mm_autofocus.settings import AutofocusSettings, MetricOptions, parse_settings
+from scipy.ndimage import gaussian_filter
 
 NAMES = METRICS.names()
 # A constant offset does not change these.
@@ -208,7 +207,7 @@ def test_colours():
     green = FocusMeasure(options=MetricOptions(colour="green"))
     assert green(rgb) == 0.0
     assert FocusMeasure()(rgb) > 0
-    expected = FocusMeasure()((rgb.astype(float) @ [0.299, 0.587, 0.114]))
+    expected = FocusMeasure()(rgb.astype(float) @ [0.299, 0.587, 0.114])
     assert FocusMeasure()(rgb.astype(np.float64)) == pytest.approx(expected)
     assert FocusMeasure()(rgb) == pytest.approx(expected, rel=0.05)  # rounded to 8 bits
 

@@ -8,7 +8,6 @@ import tifffile
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-
 from mm_autofocus.drive import drive
 from mm_autofocus.errors import InputError
 from mm_autofocus.replay import RecordedStack, load_stack, replay, request_for

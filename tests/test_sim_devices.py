@@ -197,6 +197,19 @@ def test_a_hardware_sequence_steps_z_with_each_frame(make_scope):
     assert z == pytest.approx([-2, 0, 2], abs=0.01)
 
 
+def test_a_plan_with_a_hardware_sequenced_stack_has_its_heights(make_scope):
+    core = make_scope(Z__sequence_length=64, Z__repeatability_um=0, Z__backlash_um=0)
+    core.mda.engine.use_hardware_sequencing = True
+    scope = truth.microscope_of(core)
+    plan = useq.MDASequence(
+        stage_positions=[(0, 0, 10)], channels=["Brightfield"], z_plan={"range": 4, "step": 1}
+    )
+    core.mda.run(plan)
+    z = [e.z_um for e in scope.exposures]
+    assert z == pytest.approx([8, 9, 10, 11, 12], abs=0.02)
+    assert all(e.light for e in scope.exposures)
+
+
 def test_a_plan_runs_on_the_stock_engine(core):
     seen = []
     core.mda.events.frameReady.connect(

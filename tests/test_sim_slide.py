@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mm_autofocus.errors import InputError, LimitError
 from mm_autofocus.optics import Aberrations, Lens
-from mm_autofocus.sim import spectra
+from mm_autofocus.sim import render, spectra
 from mm_autofocus.sim.camera import Camera, CameraSettings
 from mm_autofocus.sim.mechanics import Axis, Clock, FaultSwitch
 from mm_autofocus.sim.noise import noise, noise_at
@@ -218,6 +218,22 @@ def test_the_sign_of_defocus_is_in_the_picture_only_if_the_optics_put_it_there()
     assert np.abs(colour.image(2) - colour.image(-2)).mean() > 0.002
     thick = Field(Slide(replace(flat, phase=1.0)), small(0, 0))
     assert np.abs(thick.image(3) - thick.image(-3)).mean() > 0.01
+
+
+def test_a_large_frame_is_made_of_parts_without_seams(monkeypatch):
+    slide = Slide()
+    view = View(30.0, -20.0, (400, 360), PITCH, replace(LENS, aberrations=Aberrations(
+        field_curvature_um=2, lateral_colour_um=0.5)), quality="preview")  # fmt: skip
+    z = slide.height_at(30, -20) + 2
+    whole = Field(slide, view, margin_um=30).image(z)
+    monkeypatch.setattr(render, "TILED_ABOVE", 200)
+    monkeypatch.setattr(render, "PART_SAMPLES", 150)
+    renderer = Renderer(slide)
+    parts = renderer.image(view, z)
+    # The preview has one plane for each part, so they differ by the slope of the slide.
+    assert np.abs(parts - whole).mean() < 0.01
+    assert np.array_equal(parts, renderer.image(view, z))
+    assert len(renderer._fields) == 9
 
 
 def test_a_tilted_field_is_sharp_along_a_line():

@@ -7,9 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize_scalar
-
-from focus_rig import FocusRig
 from mm_autofocus.drive import drive
 from mm_autofocus.errors import InputError
 from mm_autofocus.registry import STRATEGIES
@@ -19,6 +16,9 @@ from mm_autofocus.strategies.escalate import Escalate, build_strategy
 from mm_autofocus.strategies.hill_climb import HillClimb
 from mm_autofocus.strategies.sweep import Sweep
 from mm_autofocus.types import FocusRequest, FocusResult, Look, Optics, Prior
+from scipy.optimize import minimize_scalar
+
+from focus_rig import FocusRig
 
 calm = hypothesis_settings(deadline=None, derandomize=True, max_examples=40)
 

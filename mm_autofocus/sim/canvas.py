@@ -94,7 +94,7 @@ class Canvas:
 
     @property
     def depths(self) -> npt.NDArray[np.float64]:
-        """Middle of each layer, -0.5 (bottom) to 0.5 (top) of the thickness."""
+        """Depth of each layer, -0.5 (bottom) to 0.5 (top) of the thickness."""
         return self._depths
 
     @property
@@ -113,8 +113,9 @@ class Canvas:
         """Shares ``(L,)`` of the layers in an object at a depth; they sum to 1."""
         if self.n_layers == 1:
             return np.ones(1)
-        w = np.maximum(0, 1 - np.abs(self._depths - depth) * self.n_layers)
-        return np.asarray(w / w.sum()) if w.sum() > 0 else self.shares(0.499 * np.sign(depth))
+        spacing = 1 / self.n_layers
+        inside = min(max(depth, self._depths[0]), self._depths[-1])
+        return np.asarray(np.maximum(0, 1 - np.abs(self._depths - inside) / spacing))
 
     def window(
         self, x: float, y: float, radius: float

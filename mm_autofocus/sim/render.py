@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import cv2
@@ -28,10 +29,14 @@ if TYPE_CHECKING:
 
     Real: TypeAlias = npt.NDArray[np.float32]
 
-__all__ = ["CHANNELS", "QUALITIES", "Field", "Quality", "Renderer", "View"]
+__all__ = ["CHANNELS", "QUALITIES", "Field", "Quality", "Renderer", "View", "heights"]
 
 Channel: TypeAlias = Literal["Brightfield", "DAPI", "FITC"]
 CHANNELS: tuple[Channel, ...] = ("Brightfield", "DAPI", "FITC")
+
+TILED_ABOVE = 1300
+PART_SAMPLES = 700
+PART_MARGIN_UM = 30.0
 
 _EMISSION_UM = {"DAPI": 0.46, "FITC": 0.525}
 _EMITTER = {"DAPI": 0, "FITC": 1}
@@ -138,6 +143,25 @@ class View:
         return REFERENCE_UM * self.lens.index / self.lens.na**2
 
 
+def heights(slide: Slide, view: View) -> Real:
+    """Stage z of best focus by geometry at each pixel, ``(Y, X)``.
+
+    Topography and field curvature; the objective's parfocal offset is not in it.
+    """
+    ny, nx = view.shape
+    dy = (np.arange(ny, dtype=np.float64) - (ny - 1) / 2) * view.pitch_um
+    dx = (np.arange(nx, dtype=np.float64) - (nx - 1) / 2) * view.pitch_um
+    z = slide.height_um(
+        np.asarray(view.x_um + dx, np.float64), np.asarray(view.y_um + dy, np.float64)
+    )
+    bend = view.lens.aberrations.field_curvature_um
+    if bend:
+        ax, ay = dx + view.off_axis_um[0], dy + view.off_axis_um[1]
+        r2 = (ax[None, :] ** 2 + ay[:, None] ** 2) / view.field_radius_um**2
+        z = z + (bend * r2).astype(np.float32)
+    return z
+
+
 class Field:
     """One field of the slide, ready to be looked at from any height.
 
@@ -147,13 +171,25 @@ class Field:
         The slide.
     view : View
         What is seen of it.
+    margin_um : float, optional
+        Instead of that of the quality.
+    cache_mb : float
+        As in :class:`~mm_autofocus.optics.AbbeImager`.
     """
 
-    def __init__(self, slide: Slide, view: View) -> None:
+    def __init__(
+        self,
+        slide: Slide,
+        view: View,
+        *,
+        margin_um: float | None = None,
+        cache_mb: float = 128.0,
+    ) -> None:
         self.view = view
         self._quality = q = QUALITIES[view.quality]
+        self._cache_mb = cache_mb
         pitch = view.pitch_um / q.oversample
-        margin = math.ceil(q.margin_um / pitch)
+        margin = math.ceil((q.margin_um if margin_um is None else margin_um) / pitch)
         shape = [n * q.oversample for n in view.shape]
         padded = [good_size(n + 2 * margin) for n in shape]
         # The field is periodic to the transforms: let its end fade into its beginning.
@@ -169,7 +205,7 @@ class Field:
             self._fold(layer, fade) for layer in slide.layers(axes[1], axes[0], q.n_layers)
         ]
         self._imagers = [self._imager(slide, layers, w, pitch) for w in view.wavelengths_um]
-        self._height = self._heights(slide)
+        self._height = heights(slide, view)
 
     @staticmethod
     def _fold(layer: Layer, fade: int) -> Layer:
@@ -216,23 +252,8 @@ class Field:
             wavelength_um=wavelength,
             lens=view.lens,
             source=condenser(view.sigma, self._quality.n_points),
+            cache_mb=self._cache_mb,
         )
-
-    def _heights(self, slide: Slide) -> Real:
-        """Stage z of best focus at each pixel, ``(Y, X)``: topography and field curvature."""
-        view = self.view
-        ny, nx = view.shape
-        dy = (np.arange(ny, dtype=np.float64) - (ny - 1) / 2) * view.pitch_um
-        dx = (np.arange(nx, dtype=np.float64) - (nx - 1) / 2) * view.pitch_um
-        z = slide.height_um(
-            np.asarray(view.x_um + dx, np.float64), np.asarray(view.y_um + dy, np.float64)
-        )
-        bend = view.lens.aberrations.field_curvature_um
-        if bend:
-            ax, ay = dx + view.off_axis_um[0], dy + view.off_axis_um[1]
-            r2 = (ax[None, :] ** 2 + ay[:, None] ** 2) / view.field_radius_um**2
-            z = z + (bend * r2).astype(np.float32)
-        return z
 
     @property
     def height_um(self) -> Real:
@@ -315,40 +336,89 @@ class Field:
 
 
 class Renderer:
-    """Fields of a slide; the last ones stay ready for a further look.
+    """Images of a slide; the last fields stay ready for a further look.
+
+    A view of more than :data:`TILED_ABOVE` samples along an edge is made of parts, each
+    with a margin wide enough for ± 25 µm of defocus at NA 0.75, so that memory does not grow
+    with the frame.
 
     Parameters
     ----------
     slide : Slide
         The slide.
     keep_mb : float
-        How much memory kept fields may take, roughly; one is always kept.
+        How much memory kept fields may take, roughly.
     """
 
-    def __init__(self, slide: Slide, keep_mb: float = 300.0) -> None:
+    def __init__(self, slide: Slide, keep_mb: float = 500.0) -> None:
         self.slide = slide
         self._keep_mb = keep_mb
-        self._fields: OrderedDict[View, Field] = OrderedDict()
+        self._fields: OrderedDict[View, tuple[Field, float]] = OrderedDict()
 
-    def field(self, view: View) -> Field:
-        """Return the field of a view, computed or kept."""
-        found = self._fields.pop(view, None)
-        if found is None:
-            size_mb = (
-                view.shape[0]
-                * view.shape[1]
-                * QUALITIES[view.quality].oversample ** 2
-                * QUALITIES[view.quality].n_points
-                * len(view.wavelengths_um)
-                * 8e-6
-            )
-            keep = max(int(self._keep_mb // max(size_mb, 1e-3)), 1)
-            while len(self._fields) >= min(keep, 3):
-                self._fields.popitem(last=False)
-            found = Field(self.slide, view)
-        self._fields[view] = found
-        return found
+    def _keep(self, view: View, field: Field, size_mb: float) -> None:
+        self._fields[view] = (field, size_mb)
+        while (
+            len(self._fields) > 1 and sum(v[1] for v in self._fields.values()) > self._keep_mb
+        ):
+            self._fields.popitem(last=False)
+
+    def _field(self, view: View) -> Field:
+        """Return the field of a view in one piece, computed or kept."""
+        found = self._fields.get(view)
+        if found is not None:
+            self._fields.move_to_end(view)
+            return found[0]
+        field = Field(self.slide, view)
+        q = QUALITIES[view.quality]
+        samples = view.shape[0] * view.shape[1] * q.oversample**2
+        copies = q.n_points + 2 * q.n_layers
+        self._keep(view, field, samples * copies * len(view.wavelengths_um) * 8e-6)
+        return field
 
     def image(self, view: View, z_um: float) -> Real:
         """Light on each camera pixel; see :meth:`Field.image`."""
-        return self.field(view).image(z_um)
+        parts = _parts(view)
+        if len(parts) == 1:
+            return self._field(view).image(z_um)
+        shape = (*view.shape, 3) if view.colour else view.shape
+        out = np.empty(shape, np.float32)
+        q = QUALITIES[view.quality]
+        # Only a single layer is small enough to keep all the parts.
+        size_mb = view.shape[0] * view.shape[1] * q.oversample**2 * 100e-6
+        keep = q.n_layers == 1 and size_mb <= self._keep_mb
+        for (rows, columns), part in parts:
+            found = self._fields.get(part)
+            if found is None:
+                field = Field(self.slide, part, margin_um=PART_MARGIN_UM, cache_mb=0)
+                if keep:
+                    self._keep(part, field, size_mb / len(parts))
+            else:
+                field = found[0]
+            out[rows, columns] = field.image(z_um)
+        return out
+
+
+def _parts(view: View) -> list[tuple[tuple[slice, slice], View]]:
+    """Divide a large view: where each part goes, and its own view."""
+    o = QUALITIES[view.quality].oversample
+    ny, nx = view.shape
+    if max(ny, nx) * o <= TILED_ABOVE:
+        return [((slice(0, ny), slice(0, nx)), view)]
+    edges = [
+        np.linspace(0, n, math.ceil(n * o / PART_SAMPLES) + 1).round().astype(int)
+        for n in (ny, nx)
+    ]
+    out = []
+    for y0, y1 in pairwise(edges[0].tolist()):
+        for x0, x1 in pairwise(edges[1].tolist()):
+            dx = (0.5 * (x0 + x1) - nx / 2) * view.pitch_um
+            dy = (0.5 * (y0 + y1) - ny / 2) * view.pitch_um
+            part = replace(
+                view,
+                x_um=view.x_um + dx,
+                y_um=view.y_um + dy,
+                shape=(y1 - y0, x1 - x0),
+                off_axis_um=(view.off_axis_um[0] + dx, view.off_axis_um[1] + dy),
+            )
+            out.append(((slice(y0, y1), slice(x0, x1)), part))
+    return out

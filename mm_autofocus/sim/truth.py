@@ -13,6 +13,7 @@ repeatability and drift.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from mm_autofocus.errors import InputError
 from mm_autofocus.metrics import brenner
 from mm_autofocus.sim.base import VirtualDevice
+from mm_autofocus.sim.render import heights
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -33,8 +35,10 @@ __all__ = [
     "defocus_um",
     "focus_curve",
     "geometric_focus_um",
+    "luminance",
     "measured_focus_um",
     "microscope_of",
+    "present_view",
 ]
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
@@ -98,8 +102,7 @@ def geometric_focus_um(
     parfocal = scope.objectives[scope.objective].parfocal_um
     if x_um is not None and y_um is not None:
         return scope.slide.height_at(x_um, y_um) + parfocal
-    field = scope.renderer.field(view or present_view(scope))
-    return float(field.height_um.mean()) + parfocal
+    return float(heights(scope.slide, view or present_view(scope)).mean()) + parfocal
 
 
 def luminance(light: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -136,11 +139,11 @@ def focus_curve(
     """
     view = view or present_view(scope)
     parfocal = scope.objectives[scope.objective].parfocal_um
-    heights = np.atleast_1d(np.asarray(z_um, float))
-    field = scope.renderer.field(view)
-    return np.array(
-        [measure(255 * luminance(field.image(float(z) - parfocal))) for z in heights]
+    light = (
+        scope.renderer.image(view, float(z) - parfocal)
+        for z in np.atleast_1d(np.asarray(z_um, float))
     )
+    return np.array([measure(255 * luminance(image)) for image in light])
 
 
 def measured_focus_um(
@@ -171,8 +174,6 @@ def measured_focus_um(
     float | None
         True height of the stage in µm; None if the field is blank.
     """
-    from dataclasses import replace
-
     view = view or present_view(scope)
     if quality is not None:
         view = replace(view, quality=quality)

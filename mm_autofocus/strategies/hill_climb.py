@@ -35,7 +35,7 @@ _AS_SHARP = 0.97
 # Sharpness that a peak beyond the limits may be expected to have over the answer; less,
 # where it is more likely beyond them than within.
 _BEYOND = 0.04
-_LIKELY_BEYOND = 0.01
+_LIKELY_BEYOND = 0.02
 
 _FEWEST = 3
 _CANDIDATES = 33
