@@ -8,14 +8,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-_HEAD = "# Measured\n\nWritten by the scripts beside this file; each replaces its own section.\n"
+_HEAD = (
+    "# Measured\n\nWritten by the scripts beside this file; each replaces its own section.\n"
+)
 
 
 def environment() -> str:
     """The versions and the machine, for the foot of a section."""
     packages = ("numpy", "opencv-python-headless", "scipy", "tifffile", "pymmcore-plus")
     versions = ", ".join(f"{p} {version(p)}" for p in packages)
-    return f"Python {platform.python_version()}, {versions}; {platform.machine()} {platform.system()}"
+    machine = f"{platform.machine()} {platform.system()}"
+    return f"Python {platform.python_version()}, {versions}; {machine}"
 
 
 def write_section(key: str, title: str, text: str) -> None:

@@ -15,11 +15,11 @@ import time
 import warnings
 
 import useq
+from mm_autofocus import AutofocusEngine
+from mm_autofocus.config import close_core, open_core
 from pymmcore_plus.mda import MDAEngine
 
 from _results import write_section
-from mm_autofocus import AutofocusEngine
-from mm_autofocus.config import close_core, open_core
 
 PLANS = {
     "one position, 300 frames": useq.MDASequence(
@@ -38,7 +38,9 @@ def main() -> None:
     """Run and print, or write, the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--write", action="store_true", help="replace the section in RESULTS.md")
+    parser.add_argument(
+        "--write", action="store_true", help="replace the section in RESULTS.md"
+    )
     args = parser.parse_args()
     logging.getLogger("pymmcore-plus").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -46,7 +48,9 @@ def main() -> None:
     core.setProperty("Camera", "FastImage", "1")
     core.setExposure(0)
     engines = {"stock": MDAEngine(core), "ours": AutofocusEngine(core)}
-    rows = ["| plan | stock, ms an event | ratio ours / stock (median) | 5 … 95 % of the pairs |"]
+    rows = [
+        "| plan | stock, ms an event | ratio ours / stock (median) | 5 … 95 % of the pairs |"
+    ]
     rows.append("|---|---|---|---|")
     for name, plan in PLANS.items():
         events = sum(1 for _ in plan)
@@ -63,7 +67,8 @@ def main() -> None:
         low, high = ratios[len(ratios) // 20], ratios[-1 - len(ratios) // 20]
         stock_ms = 1e3 * statistics.median(times["stock"]) / events
         rows.append(
-            f"| {name} | {stock_ms:.2f} | {statistics.median(ratios):.3f} | {low:.3f} … {high:.3f} |"
+            f"| {name} | {stock_ms:.2f} | {statistics.median(ratios):.3f} "
+            f"| {low:.3f} … {high:.3f} |"
         )
     close_core(core)
     text = (

@@ -9,20 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 
 import mm_autofocus
 from mm_autofocus.errors import AutofocusError, InputError
-
-if TYPE_CHECKING:
-    from mm_autofocus.api import RunResult
 
 app = typer.Typer(
     name="mm-autofocus",
@@ -81,9 +75,7 @@ def demo(
     """Focus the virtual slide, end to end, without hardware."""
     from mm_autofocus.demo import run_demo
 
-    code = run_demo(
-        output, strategy, parse_sets(set_), as_json=json_, real_time=real_time
-    )
+    code = run_demo(output, strategy, parse_sets(set_), as_json=json_, real_time=real_time)
     raise typer.Exit(code)
 
 
@@ -103,6 +95,7 @@ def run(
     from mm_autofocus.config import close_core, open_core
     from mm_autofocus.ometiff import OmeTiffSink
     from mm_autofocus.plan import load_plan
+    from mm_autofocus.shown import run_shown
 
     sequence = load_plan(plan, strategy=strategy, overrides=parse_sets(set_))
     options: dict[str, Any] = {
@@ -113,7 +106,9 @@ def run(
     OmeTiffSink(output, **options).check()  # before a configuration wakes the devices
     core = open_core(config)
     try:
-        result = run_shown(sequence, core, output, as_json=json_, **options)
+        result = run_shown(
+            sequence, core, output, as_json=json_, debug=_state["debug"], **options
+        )
     finally:
         close_core(core)
     if json_:
@@ -130,6 +125,7 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """Show the autofocus record, from the file alone."""
+    from mm_autofocus.console import make_console
     from mm_autofocus.ometiff import read_record
     from mm_autofocus.ometiff import repair as mend
     from mm_autofocus.report import inspect_json, print_record
@@ -140,7 +136,7 @@ def inspect(
     if json_:
         _print_json(inspect_json(record))
     else:
-        print_record(record, Console())
+        print_record(record, make_console())
 
 
 @app.command()
@@ -208,67 +204,6 @@ def replay(
     raise typer.Exit(1 if failed else 0)
 
 
-def run_shown(
-    sequence: Any, core: Any, output: Path | None, *, as_json: bool, **options: Any
-) -> RunResult:
-    """Run with a display on the console (stderr if stdout is kept for JSON)."""
-    from mm_autofocus.api import run as run_plan
-    from mm_autofocus.console import RunDisplay, tile_table
-    from mm_autofocus.plan import fresh
-
-    console = Console(stderr=as_json)
-    total = sum(1 for e in fresh(sequence) if e.action.type == "acquire_image")
-    with quiet_host(), RunDisplay(console, total, quiet=as_json) as display:
-
-        def on_frame(*_: Any) -> None:
-            display.frame()
-
-        core.mda.events.frameReady.connect(on_frame)
-        try:
-            result = run_plan(
-                sequence, core=core, output=output, on_engine=display.connect, **options
-            )
-        finally:
-            core.mda.events.frameReady.disconnect(on_frame)
-    if not as_json:
-        if console.is_terminal and result.records:
-            console.print(tile_table(result.records))
-        console.print(_summary(result), highlight=False, soft_wrap=True)
-    return result
-
-
-def _summary(result: RunResult) -> str:
-    lines = [
-        f"{result.frames} frames at {result.positions} positions, "
-        f"{result.exposures} exposures in all"
-    ]
-    if result.records:
-        ok = sum(r["status"] == "ok" for r in result.records)
-        lines.append(f"{ok} of {len(result.records)} searches ok, {len(result.failed)} failed")
-    if result.missing:
-        lines.append(f"{result.missing} frames are missing: the camera gave none")
-    if result.cancelled:
-        lines.append("cancelled; what was taken before is in the file")
-    lines += [f"data: {path}" for path in result.output]
-    return "\n".join(lines)
-
-
-@contextmanager
-def quiet_host() -> Iterator[None]:
-    """Keep the host's log messages off the console; its log file has them."""
-    host = logging.getLogger("pymmcore-plus")
-    consoles = [h for h in host.handlers if type(h) is not logging.FileHandler]
-    before = [(h, h.level) for h in consoles if not hasattr(h, "baseFilename")]
-    try:
-        if not _state["debug"]:
-            for handler, _ in before:
-                handler.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for handler, level in before:
-            handler.setLevel(level)
-
-
 def parse_sets(pairs: list[str] | None) -> dict[str, Any]:
     """Read ``KEY=VALUE`` pairs; values are YAML, so that ``[0, 0, 64, 64]`` is a list."""
     values: dict[str, Any] = {}
@@ -297,7 +232,7 @@ def main(args: list[str] | None = None) -> None:
             raise
         _complain(str(e))
         sys.exit(e.exit_code)
-    except Exception as e:  # noqa: BLE001 - the last line of defence of a night's run
+    except Exception as e:  # the last line of defence of a night's run
         if _state["debug"]:
             raise
         _complain(f"{type(e).__name__}: {e} (mm-autofocus --debug … shows where)")

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
     from mm_autofocus.hooks.pymmcore import AutofocusEngine
 
-__all__ = ["RunDisplay", "number", "tile_table"]
+__all__ = ["RunDisplay", "make_console", "number", "tile_table"]
 
 _STYLE = {"ok": "green", "low-confidence": "yellow", "stale": "yellow", "failed": "red"}
 # A live table longer than the terminal flickers; the file and the report have all tiles.
 _LIVE_ROWS = 12
+
+# Where there is no terminal, rich assumes 80 columns and cuts the tables.
+_PLAIN_WIDTH = 150
 
 Column = tuple[str, str]
 COLUMNS: tuple[Column, ...] = (
@@ -34,6 +37,12 @@ COLUMNS: tuple[Column, ...] = (
     ("status", "status"),
 )
 """Heading and key of a record, for the columns of every table of tiles."""
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Make a console as wide as its terminal; wide enough for every table elsewhere."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
 
 
 def number(value: Any, digits: int = 2) -> str:

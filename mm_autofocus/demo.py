@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from mm_autofocus.console import COLUMNS, tile_table
+from mm_autofocus.console import COLUMNS, make_console, tile_table
 from mm_autofocus.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mm_autofocus.api import RunResult
     from mm_autofocus.sim.microscope import Exposure, Microscope
 
 __all__ = ["Tile", "demo_plan", "run_demo"]
@@ -40,7 +37,7 @@ _DEMO_COLUMNS = (
     COLUMNS[0],
     ("kind", "kind"),
     *COLUMNS[1:],
-    ("true defocus", "true_defocus_um"),
+    ("true d", "true_defocus_um"),
 )
 
 
@@ -118,10 +115,10 @@ def run_demo(
     real_time : bool
         Let stage and camera take the time that real ones would.
     """
-    from mm_autofocus.cli import run_shown
     from mm_autofocus.config import close_core, open_core
     from mm_autofocus.plan import load_plan
     from mm_autofocus.report import write_report
+    from mm_autofocus.shown import run_shown
     from mm_autofocus.sim.truth import microscope_of
 
     sequence = load_plan(demo_plan(), strategy=strategy, overrides=overrides)
@@ -163,7 +160,7 @@ def run_demo(
         document |= {"report": str(report), "stage_time_s": took_s, **verdict}
         sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     else:
-        _tell(rows, verdict, took_s, result, report)
+        _tell(rows, verdict, took_s, report)
     return result.exit_code
 
 
@@ -209,9 +206,7 @@ def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "blank": len(blank),
         "blank_reported": sum(r["status"] == "failed" for r in blank),
         "false_ok": sum(r["status"] == "ok" for r in blank)
-        + sum(
-            r["status"] == "ok" and abs(r["true_defocus_um"]) > r["dof_um"] for r in tissue
-        ),
+        + sum(r["status"] == "ok" and abs(r["true_defocus_um"]) > r["dof_um"] for r in tissue),
     }
 
 
@@ -219,21 +214,21 @@ def _tell(
     rows: list[dict[str, Any]],
     verdict: dict[str, Any],
     took_s: float,
-    result: RunResult,
     report: Path,
 ) -> None:
-    console = Console()
+    console = make_console()
     console.print(tile_table(rows, _DEMO_COLUMNS))
     tiles_per_slide = (_SLIDE_MM * 1000 / (512 * 0.325)) ** 2
     each_s = took_s / max(len(rows), 1)
+    minutes = tiles_per_slide * each_s / 60
     for line in (
-        f"simulated: {verdict['within_half_dof']} of {verdict['non_blank']} tiles with specimen "
-        f"within half a depth of field of the truth, {verdict['within_dof']} within one",
+        f"simulated: {verdict['within_half_dof']} of {verdict['non_blank']} tiles with "
+        f"specimen within half a depth of field of the truth, {verdict['within_dof']} within "
+        "one",
         f"simulated: {verdict['blank_reported']} of {verdict['blank']} blank tiles reported as "
         f"not focused, {verdict['false_ok']} false ok",
-        f"stage and camera would take {each_s:.2f} s a tile: {tiles_per_slide * each_s / 60:.0f} "
-        f"minutes for {_SLIDE_MM:g} × {_SLIDE_MM:g} mm at 20×",
+        f"stage and camera would take {each_s:.2f} s a tile: {minutes:.0f} minutes for "
+        f"{_SLIDE_MM:g} × {_SLIDE_MM:g} mm at 20×",
         f"report: {report}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
-    del result

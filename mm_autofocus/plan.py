@@ -106,10 +106,10 @@ def fresh(sequence: useq.MDASequence) -> useq.MDASequence:
     useq's `AxesBasedAF` remembers the last index across iterations: a second run of the
     same sequence, or ``list(sequence)`` before the run, would lose autofocus events.
     """
-    for plan in autofocus_plans(sequence):
+    for each in autofocus_plans(sequence):
         # An event without an index makes a plan forget; useq caches the positions, so that
         # the plans of theirs cannot be replaced by copies.
-        plan.should_autofocus(useq.MDAEvent())
+        each.should_autofocus(useq.MDAEvent())
     plan = sequence.autofocus_plan
     if plan is None:
         return sequence

@@ -157,11 +157,15 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-t
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5ea; text-align: right }
 th:first-child, td:first-child, td.text, th.text { text-align: left }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1rem }
-figure { margin: 0 } figure img { image-rendering: pixelated; width: 140px; height: 140px;
-       object-fit: cover; border-radius: 4px; margin-right: 6px } img.plot { max-width: 100% }
-pre { background: #f5f5f7; padding: .8rem; overflow-x: auto; border-radius: 6px; font-size: 12px }
-.badge { border-radius: 9px; padding: 0 .55rem; color: white; font-size: .85em; white-space: nowrap }
+.tiles { display: grid; gap: 1rem;
+         grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
+figure { margin: 0 } img.plot { max-width: 100% }
+figure img { image-rendering: pixelated; width: 140px; height: 140px; object-fit: cover;
+             border-radius: 4px; margin-right: 6px }
+pre { background: #f5f5f7; padding: .8rem; overflow-x: auto; border-radius: 6px;
+      font-size: 12px }
+.badge { border-radius: 9px; padding: 0 .55rem; color: white; font-size: .85em;
+         white-space: nowrap }
 """
 
 
@@ -317,7 +321,7 @@ def _plot(figure: Figure) -> str:
 
 
 def _focus_map(focuses: Sequence[FocusRecord], truth: dict[str, dict[str, Any]]) -> Figure:
-    """z of each focused tile over the stage, tiles without focus crossed."""
+    """Draw z of each focused tile over the stage, tiles without focus crossed."""
     from matplotlib.figure import Figure
 
     known = [

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pymmcore_plus import CMMCorePlus
-
 from mm_autofocus.config import close_core, open_core
+from pymmcore_plus import CMMCorePlus
 
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "acquisition_plans"

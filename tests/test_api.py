@@ -6,15 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mm_autofocus
 import numpy as np
 import pytest
 import tifffile
-from pymmcore_plus import CMMCorePlus
-from pymmcore_plus.mda import MDAEngine
-
-import mm_autofocus
 from mm_autofocus import FocusFailedError, HardwareError, InputError, autofocus, run
 from mm_autofocus.ometiff import read_plane, read_record
+from pymmcore_plus import CMMCorePlus
+from pymmcore_plus.mda import MDAEngine
 
 AF = {"range_um": 20.0, "z_min_um": -60.0, "z_max_um": 60.0}
 
@@ -205,9 +204,9 @@ def test_autofocus_on_a_blank_field_comes_back(make_core: Callable[..., CMMCoreP
 
 def test_two_cameras_are_two_channels(tmp_path: Path) -> None:
     """The real Multi Camera adapter, focused by the first of its cameras."""
-    from conftest import ROOT
-
     from mm_autofocus.config import close_core, open_core
+
+    from conftest import ROOT
 
     text = (ROOT / "demo_config" / "demo_camera.cfg").read_text()
     text = text.replace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from mm_autofocus.config import close_core, open_core, shipped
 from mm_autofocus.errors import InputError
 
@@ -22,7 +21,7 @@ def test_the_shipped_demo_loads_by_name() -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="did you mean 'demo_camera.cfg'"):
+    with pytest.raises(InputError, match=r"did you mean 'demo_camera\.cfg'"):
         open_core("demo_cam.cfg")
     with pytest.raises(InputError, match="no such file"):
         open_core(tmp_path / "nope.cfg")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import useq
-
 from mm_autofocus.errors import InputError
 from mm_autofocus.plan import fresh, load_plan, planned_home_um, settings_of, z_offsets_um
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PLANS, ROOT
-
 from mm_autofocus import cli
 from mm_autofocus.settings import parse_settings
+
+from conftest import PLANS, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from mm_autofocus.errors import InputError
 from mm_autofocus.registry import METRICS, STRATEGIES, Registry
 from mm_autofocus.replay import replay

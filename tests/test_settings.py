@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from mm_autofocus.errors import InputError
 from mm_autofocus.settings import AutofocusSettings, EscalationStep, parse_settings
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from mm_autofocus.surface import FocusSurface
 
 slopes = st.floats(-0.02, 0.02)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mm_autofocus.errors import InputError
+from mm_autofocus.hooks.rig import channel_group
 from mm_autofocus.plan import autofocus_plans, z_offsets_um
 from mm_autofocus.registry import suggest
 
@@ -43,7 +44,7 @@ def check_looks(core: Any, settings: AutofocusSettings) -> None:
     check_devices(core)
     camera = core.getCameraDevice()
     if settings.channel is not None:
-        group = settings.channel_group or core.getChannelGroup()
+        group = channel_group(core, settings)
         _check_channel(core, group, settings.channel, "metadata.mm_autofocus.channel")
     if settings.binning is not None:
         allowed = list(core.getAllowedPropertyValues(camera, "Binning"))

@@ -286,8 +286,8 @@ class AutofocusEngine(MDAEngine):
             ledger.check_home(ledger.z_run_start_um, "the focus stage stands where it may not")
         if any(c.z_offset for c in sequence.channels) and sequence.z_plan is None:
             logger.warning(
-                "channels have a z_offset, but the plan has no z_plan: useq ignores the offset; "
-                "add z_plan: {relative: [0]}"
+                "channels have a z_offset, but the plan has no z_plan: useq ignores the "
+                "offset; add z_plan: {relative: [0]}"
             )
         axes = {axis for plan in autofocus_plans(sequence) for axis in plan.axes}
         run = _Run(

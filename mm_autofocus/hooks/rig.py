@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mm_autofocus.settings import AutofocusSettings
     from mm_autofocus.types import FocusRequest, Image
 
-__all__ = ["CoreRig"]
+__all__ = ["CoreRig", "channel_group"]
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class CoreRig:
 
     def _set_channel(self, undo: ExitStack, preset: str) -> None:
         core = self.core
-        group = self.settings.channel_group or core.getChannelGroup()
+        group = channel_group(core, self.settings)
         # Property by property, because the operator's state may match no preset.
         data = core.getConfigData(group, preset)
         for device, prop in _pairs(data):
@@ -201,6 +201,12 @@ class CoreRig:
             core.setShutterOpen(True)
         elif not auto and not is_open:
             self._open_for_each_look = True
+
+
+def channel_group(core: Any, settings: AutofocusSettings) -> str:
+    """Name of the group that the channel of the looks belongs to."""
+    # useq calls it "Channel" where nothing is said, too
+    return str(settings.channel_group or core.getChannelGroup() or "Channel")
 
 
 def _pairs(data: Any) -> list[tuple[str, str]]:
