@@ -19,6 +19,7 @@ SETTINGS: dict[str, Any] = {
     "magnification": 20.0,
     "range_um": 15.0,
     "backlash_um": 1.0,
+    "repeatability_um": 0.15,
 }
 
 

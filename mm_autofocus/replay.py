@@ -126,6 +126,8 @@ def request_for(
         The start is not in the stack, or not within the limits.
     """
     settings = settings or AutofocusSettings()
+    # recorded planes are where they are, unless someone knows better
+    given = "repeatability_um" in settings.model_fields_set
     start = rig.position_um() if start_um is None else float(start_um)
     if not 0 <= start <= rig.z_max_um:
         raise InputError(
@@ -146,6 +148,7 @@ def request_for(
         step_um=settings.step_um,
         optics=settings.optics(),
         prior=prior,
+        z_sd_um=settings.repeatability_um if given else 0.0,
     )
 
 

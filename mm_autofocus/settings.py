@@ -137,6 +137,10 @@ class AutofocusSettings(_Strict):
     backlash_um : float
         Approach every z towards +z (positive) or -z (negative), from at least so far
         away. 0: no matter.
+    repeatability_um : float
+        Standard deviation of where the focus stage really stands when it reports a z: what
+        looks tell of the focus curve is uncertain by so much, and so is the z of a frame.
+        In replay 0 unless it is set: recorded planes are where they are.
     every : int
         Refocus a position only at every n-th time point.
     max_age_s : float | None
@@ -173,6 +177,7 @@ class AutofocusSettings(_Strict):
     shutter: Literal["look", "sweep"] = "look"
     settle_ms: _NonNegative = 0.0
     backlash_um: _Finite = 0.0
+    repeatability_um: _NonNegative = 0.1
     every: Annotated[int, Field(ge=1)] = 1
     max_age_s: _Positive | None = None
     prior: Literal["last", "surface", "none"] = "last"

@@ -135,6 +135,9 @@ class FocusRequest:
         What is known of the optics.
     prior : Prior | None
         Where focus is expected, if anything is known.
+    z_sd_um : float
+        Standard deviation of where the stage really stands about the z that it reports;
+        0: where it says.
     """
 
     z_start_um: float
@@ -145,6 +148,7 @@ class FocusRequest:
     step_um: float | None = None
     optics: Optics = field(default_factory=Optics)
     prior: Prior | None = None
+    z_sd_um: float = 0.0
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (self.z_start_um, self.z_min_um, self.z_max_um))):
@@ -156,6 +160,8 @@ class FocusRequest:
             )
         if self.max_looks < 1:
             raise InputError(f"max_looks: {self.max_looks} is not at least 1")
+        if not (math.isfinite(self.z_sd_um) and self.z_sd_um >= 0):
+            raise InputError(f"z_sd_um: {self.z_sd_um} is not a number of at least 0")
 
     @property
     def effective_tolerance_um(self) -> float | None:
@@ -203,7 +209,8 @@ class FocusResult:
     status : {"ok", "low-confidence", "stale", "failed"}
         How far it can be trusted.
     expected_error_um : float | None
-        Standard deviation of the error of ``z_um`` that the strategy expects, in µm.
+        Standard deviation, as the strategy expects it, of the defocus of a frame taken at
+        ``z_um``, in µm: the error of ``z_um`` and where the stage really comes to rest.
     score : float | None
         Focus measure at (or expected at) ``z_um``.
     reason : str

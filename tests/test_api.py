@@ -99,13 +99,21 @@ def test_skipped_tiles_keep_the_shape_of_the_file(core: CMMCorePlus, tmp_path: P
     assert [f.status for f in record.focus] == ["ok", "failed"]
 
 
-def test_abort_leaves_a_readable_file(
-    make_core: Callable[..., CMMCorePlus], tmp_path: Path
-) -> None:
-    core = make_core("Noise")
+def test_abort_leaves_a_readable_file_that_says_why(core: CMMCorePlus, tmp_path: Path) -> None:
+    def blind_at_second(engine: Any) -> None:
+        engine.signals.started.connect(
+            lambda index, _: core.setProperty(
+                "Camera", "Mode", "Noise" if index["p"] == 1 else "Fluorescent Beads"
+            )
+        )
+
     file = tmp_path / "abort.ome.tiff"
-    with pytest.raises(FocusFailedError, match="A1: not focused"):
-        run(plan({"on_failure": "abort"}), core=core, output=file)
+    with pytest.raises(FocusFailedError, match="A2: not focused") as e:
+        run(plan({"on_failure": "abort"}), core=core, output=file, on_engine=blind_at_second)
+    assert f"1 frames are saved in {file}" in str(e.value)
+    record = read_record(file)
+    assert (record.complete, record.frames) == (True, 1)
+    assert [f.status for f in record.focus] == ["ok", "failed"]
 
 
 def test_a_camera_fault_ends_the_run_with_what_was_saved(
@@ -127,10 +135,13 @@ def test_a_camera_fault_ends_the_run_with_what_was_saved(
     with pytest.raises(HardwareError) as e:
         run(plan(), core=core, output=file, on_engine=engines.append)
     assert "camera unplugged" in str(e.value)
+    assert [r["status"] for r in e.value.result.records] == ["ok", "failed"]  # type: ignore[attr-defined]
     assert f"1 frames are saved in {file}" in str(e.value)
     record = read_record(file)
     assert record.complete
     assert record.frames == 1
+    assert [(f.position, f.status) for f in record.focus] == [("A1", "ok"), ("A2", "failed")]
+    assert "camera unplugged" in record.focus[1].reason
 
 
 def test_a_failed_exposure_of_data_is_counted_as_missing(

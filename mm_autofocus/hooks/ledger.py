@@ -209,6 +209,7 @@ class Ledger:
             step_um=s.step_um,
             optics=s.optics(pixel_size_um),
             prior=prior,
+            z_sd_um=s.repeatability_um,
         )
 
     # ---------------------------------------------------------------- what

@@ -11,8 +11,10 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -21,7 +23,7 @@ from pymmcore_plus.core._sequencing import SequencedEvent
 from pymmcore_plus.mda import MDAEngine, SkipEvent
 
 from mm_autofocus.drive import drive
-from mm_autofocus.errors import CancelledError, FocusFailedError
+from mm_autofocus.errors import CancelledError, FocusFailedError, HardwareError
 from mm_autofocus.hooks.checks import check_plan, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.rig import CoreRig
@@ -50,6 +52,8 @@ __all__ = ["AutofocusEngine", "FrameSink"]
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
+# A stage that is so far from where it was sent did not go there; encoders err by far less.
+_XY_OFF_UM = 10.0
 
 
 class FrameSink(Protocol):
@@ -182,8 +186,7 @@ class AutofocusEngine(MDAEngine):
         if isinstance(event.action, useq.HardwareAutofocus):
             if run.ledger.due(place, again=run.refocus_within_visit):
                 request = run.ledger.request(place, self.mmcore.getPixelSizeUm())
-                event = event.model_copy(update={"z_pos": request.z_start_um})
-                super().setup_event(event)
+                self._set_up(event.model_copy(update={"z_pos": request.z_start_um}))
             return
         if _is_image(event) and run.ledger.skipped(place):
             parts = _parts(event)
@@ -191,7 +194,29 @@ class AutofocusEngine(MDAEngine):
                 for part in parts:
                     self.sink.skip(part, record=run.ledger.frame_record(place, run.now_s()))
             raise SkipEvent(num_frames=len(parts), reason="not focused (on_failure: skip)")
-        super().setup_event(self._shifted(event, place))
+        self._set_up(self._shifted(event, place))
+
+    def _set_up(self, event: useq.MDAEvent) -> None:
+        """Set up as the stock engine does, but do not go on where it could not.
+
+        It logs that a stage, a channel or a property could not be set, and takes the
+        frame all the same; a tile must not be focused and saved under another's name.
+        """
+        with _complaints() as complaints:
+            super().setup_event(event)
+        if complaints:
+            raise HardwareError(complaints[0])
+        if isinstance(event, SequencedEvent) and event.x_sequence:
+            return
+        for axis, planned, reached in (
+            ("x", event.x_pos, self.mmcore.getXPosition),
+            ("y", event.y_pos, self.mmcore.getYPosition),
+        ):
+            if planned is not None and abs(reached() - planned) > _XY_OFF_UM:
+                raise HardwareError(
+                    f"the XY stage was sent to {axis} {planned:g} µm and says that it stands "
+                    f"at {reached():g} µm"
+                )
 
     def exec_event(self, event: useq.MDAEvent) -> Iterable[PImagePayload | None]:
         """Focus, or take the event's frames."""
@@ -345,10 +370,13 @@ class AutofocusEngine(MDAEngine):
                 return
             what = f"{place.name}: not focused: {record['reason']}"
             policy = run.settings.on_failure
-            logger.warning("%s (on_failure: %s)", what, policy)
+            # who listens to the signals has been told already
+            level = logging.INFO if len(self.signals.finished) else logging.WARNING
+            logger.log(level, "%s (on_failure: %s)", what, policy)
             if policy == "skip":
                 run.ledger.leave_out(place)
             elif policy == "abort":
+                self._leave_record(run, event, place)
                 raise FocusFailedError(what)
             elif policy == "pause":
                 self.mmcore.mda.set_paused(True)
@@ -358,6 +386,21 @@ class AutofocusEngine(MDAEngine):
             logger.info(
                 "cancelled while focusing %s; the stage is back at its start", place.name
             )
+        except HardwareError as e:
+            z_um = run.ledger.request(place).z_start_um  # where the loop sent the stage back
+            result = FocusResult(None, "failed", reason=str(e), strategy=run.settings.strategy)
+            now_s = run.now_s()
+            record = run.ledger.enter(
+                place, result, z_before_um=z_um, z_after_um=z_um, now_s=now_s
+            )
+            self._leave_record(run, event, place)
+            self.signals.finished.emit(record)
+            raise
+
+    def _leave_record(self, run: _Run, event: useq.MDAEvent, place: Place) -> None:
+        """Let the file say why a tile has no frame: the run ends before one is taken."""
+        if self.sink is not None and self.frames:
+            self.sink.skip(event, record=run.ledger.frame_record(place, run.now_s()))
 
     def _try(
         self, run: _Run, event: useq.MDAEvent, place: Place, *, from_here: bool = False
@@ -433,6 +476,26 @@ class AutofocusEngine(MDAEngine):
             if not status.pause_requested:
                 return
             time.sleep(_POLL_S)
+
+
+@contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """Collect what the stock engine complains of in this thread."""
+    complaints: list[str] = []
+    thread = threading.get_ident()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == thread:
+                complaints.append(record.getMessage())
+
+    host = logging.getLogger("pymmcore-plus")
+    listener = Listener(logging.WARNING)
+    host.addHandler(listener)
+    try:
+        yield complaints
+    finally:
+        host.removeHandler(listener)
 
 
 def _is_image(event: useq.MDAEvent) -> bool:

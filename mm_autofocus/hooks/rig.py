@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mm_autofocus.settings import AutofocusSettings
     from mm_autofocus.types import FocusRequest, Image
 
-__all__ = ["CoreRig", "channel_group"]
+__all__ = ["CoreRig", "channel_group", "faults_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +42,14 @@ class CoreRig:
 
     def position_um(self) -> float:
         """Where the focus stage stands, in µm."""
-        try:
+        with faults_of(f"focus stage {self.stage!r} gives no position"):
             return float(self.core.getPosition(self.stage))
-        except RuntimeError as e:
-            raise HardwareError(f"focus stage {self.stage!r} gives no position: {e}") from e
 
     def move_to(self, z_um: float) -> None:
         """Send the focus stage to `z_um` (µm), wait for it, and let it settle."""
-        try:
+        with faults_of(f"focus stage {self.stage!r} could not be sent to {z_um:g} µm"):
             self.core.setPosition(self.stage, z_um)
             self.core.waitForDevice(self.stage)
-        except RuntimeError as e:
-            raise HardwareError(
-                f"focus stage {self.stage!r} could not be sent to {z_um:g} µm: {e}"
-            ) from e
         if self.settings.settle_ms:
             time.sleep(self.settings.settle_ms / 1000)
 
@@ -63,7 +57,7 @@ class CoreRig:
         """Take one exposure where the stage stands."""
         core, settings = self.core, self.settings
         z_um = self.position_um()
-        try:
+        with faults_of(f"camera {self.camera!r} could not take a look at z {z_um:g} µm"):
             if self._open_for_each_look:
                 core.setShutterOpen(True)
             try:
@@ -73,10 +67,6 @@ class CoreRig:
                     core.setShutterOpen(False)
             image: Image = np.asarray(core.getImage())
             bits = core.getImageBitDepth()
-        except RuntimeError as e:
-            raise HardwareError(
-                f"camera {self.camera!r} could not take a look at z {z_um:g} µm: {e}"
-            ) from e
         if settings.crop and settings.roi is not None:
             x, y, width, height = settings.roi
             image = image[y : y + height, x : x + width]
@@ -94,17 +84,13 @@ class CoreRig:
             A device refused what was asked for, or could not be restored.
         """
         with ExitStack() as undo:
-            try:
+            with faults_of("the looks could not be prepared"):
                 self._prepare(undo)
-            except RuntimeError as e:
-                raise HardwareError(f"the looks could not be prepared: {e}") from e
             try:
                 yield
             finally:
-                try:
+                with faults_of("camera or shutter could not be restored"):
                     undo.close()
-                except RuntimeError as e:
-                    raise HardwareError(f"camera or shutter could not be restored: {e}") from e
 
     def ask_hardware(
         self, request: FocusRequest, focus: Callable[[], object] | None = None
@@ -127,7 +113,7 @@ class CoreRig:
         try:
             (focus or self.core.fullFocus)()
             self.core.waitForDevice(self.stage)
-        except RuntimeError as e:
+        except Exception as e:  # noqa: BLE001 - see `faults_of`
             reason = f"the autofocus device failed: {e}"
         z_um = self.position_um()
         if not reason and not request.z_min_um <= z_um <= request.z_max_um:
@@ -201,6 +187,19 @@ class CoreRig:
             core.setShutterOpen(True)
         elif not auto and not is_open:
             self._open_for_each_look = True
+
+
+@contextmanager
+def faults_of(what: str) -> Iterator[None]:
+    """Turn whatever a device raises into a `HardwareError` that says `what` failed.
+
+    Compiled adapters raise `RuntimeError`, time-outs are `OSError`, and a device written in
+    Python raises what it likes.
+    """
+    try:
+        yield
+    except Exception as e:
+        raise HardwareError(f"{what}: {e}") from e
 
 
 def channel_group(core: Any, settings: AutofocusSettings) -> str:

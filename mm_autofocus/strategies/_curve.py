@@ -9,6 +9,8 @@ The score at z is ``b + a · f(u) · (1 + δ(z))`` with ``u = (z - z0) / w``:
   the two sides may differ in width by the factor ``(1 + k) / (1 - k)``.
 - ``b`` is the baseline: camera noise and what does not depend on focus. Its share of the
   top is gridded from 0 to 97 %; the height of the whole is integrated out by least squares.
+- The z of a look is known to `z_sd_um` only: its score is off by the slope of the curve
+  times that, which on a steep flank is far more than the camera's noise.
 - ``δ`` is what no formula knows: a smooth random deviation, a Gaussian process of standard
   deviation `DEVIATION` and correlation length `LENGTH · w`. Two near looks share it, so
   the curve may lean or bulge on its plateau without pushing the model about.
@@ -34,6 +36,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mm_autofocus.strategies._looks import parabola_top
+from mm_autofocus.strategies._threads import one_thread
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -77,6 +80,8 @@ _WIDTHS = 11
 _CURVES = 160
 _WAVES = 16
 _MARGIN = 0.15  # a peak may lie so far outside the limits, in parts of their span
+_MOST_OFF = 0.7  # that a wrong z can change a score, in parts of the peak there
+_FEW = 3  # looks, of which the highest says more of the peak than a model of fewer
 _BLUR = 0.02  # scores nearer than this, in parts of the best, count as the same
 
 
@@ -112,6 +117,17 @@ class Estimate:
     score: float
 
 
+def _relative_slope(
+    u: Floats | Singles,
+    f: Floats | Singles,
+    exponent: Floats | Singles,
+    is_bell: npt.NDArray[np.bool_],
+) -> Floats | Singles:
+    """``|f'(u)| / f(u)`` of the shapes, of which ``f`` is given; the arguments broadcast."""
+    slope = np.where(is_bell, 1.0 - f, -np.log(np.maximum(f, 1e-12)))
+    return np.asarray(exponent * slope / np.maximum(u, 1e-6), dtype=f.dtype)
+
+
 def _peak(u: Floats, exponent: Floats, is_bell: npt.NDArray[np.bool_]) -> Floats:
     """The shapes at ``|u|``; the arguments broadcast."""
     v = np.exp(np.minimum(exponent * np.log(np.maximum(u, 1e-6)), 80.0))
@@ -132,6 +148,8 @@ class CurvePosterior:
         Standard deviation of its natural logarithm.
     prior : Prior, optional
         Where the peak is expected; one time in ten it may be anywhere.
+    z_sd_um : float
+        Standard deviation of where a look was really taken about its z.
     """
 
     low_um: float
@@ -139,9 +157,11 @@ class CurvePosterior:
     width_um: float
     width_spread: float = 1.0
     prior: Prior | None = None
+    z_sd_um: float = 0.0
     _z: list[float] = field(default_factory=list)
     _y: list[float] = field(default_factory=list)
     _noise: float = 0.0
+    _about: float = 0.0
     _centres: Floats = field(init=False)
     _log_widths: Floats = field(init=False)
     _posterior: Weights = field(init=False)
@@ -171,13 +191,18 @@ class CurvePosterior:
         """
         self._z, self._y = list(map(float, z_um)), list(map(float, scores))
         self._noise = noise
-        self._weigh()
-        # The grid shrinks onto what is left, until it resolves it.
-        for _ in range(3):
-            if not self._shrink():
-                break
+        if len(self._z) <= _FEW:
+            self._about = self._z[int(np.argmax(self._y))]
+        with one_thread():
             self._weigh()
-        return self._estimate()
+            # The grid shrinks onto what is left, until it resolves it.
+            for _ in range(3):
+                if not self._shrink():
+                    break
+                self._weigh()
+            estimate = self._estimate()
+        self._about = estimate.z_um
+        return estimate
 
     def _weigh(self) -> None:
         """Posterior weight of every cell (centre, width, skew, shape, baseline)."""
@@ -205,14 +230,23 @@ class CurvePosterior:
         # measured noise only, for which a guess from the best look is good enough
         variance = (np.float32(DEVIATION) * (1 - base)) ** 2 * (f * f + np.float32(_TAIL**2))
         variance += (noise * g[k]) ** 2 + np.float32(1e-9)
+        if self.z_sd_um > 0:
+            slope = _relative_slope(
+                u.astype(np.float32)[..., None], f[..., 0], _EXPONENT.astype(np.float32), _IS_BELL
+            )
+            off = np.float32(self.z_sd_um) * slope / width.astype(np.float32)[:, None, None]
+            # further than down or up the whole flank it cannot be off
+            off = f * np.minimum(off, np.float32(_MOST_OFF))[..., None]
+            variance += ((1 - base) * off) ** 2
         inverse = 1 / np.sqrt(variance)
 
         # Whitening: the deviation is correlated between looks near in z. Where measured
         # noise, which is not, is large beside it, the correlation is reduced.
         contrast = max(float(y.max() - y.min()), 0.05)
-        nugget = _NUGGET + (float(noise) / (DEVIATION * contrast)) ** 2
+        nugget = _NUGGET + (float(noise) / (DEVIATION * contrast)) ** 2 + self._loosened(width)
         apart = (z[:, None] - z[None, :]) / (LENGTH * width[:, None, None])
-        corr = (np.exp(-0.5 * apart**2) + nugget * np.eye(n)) / (1 + nugget)
+        corr = np.exp(-0.5 * apart**2) + nugget[:, :, None] * np.eye(n)
+        corr /= np.sqrt((1 + nugget[:, :, None]) * (1 + nugget[:, None, :]))
         whiten = np.linalg.inv(np.linalg.cholesky(corr)).astype(np.float32)  # (width, n, n)
 
         def white(x: Singles) -> Singles:
@@ -237,6 +271,17 @@ class CurvePosterior:
         p = np.exp(log_p - log_p.max())
         self._posterior = p / p.sum()
         self._inverse_height = unfold(t) / top
+
+    def _loosened(self, width: Floats) -> Floats:
+        """Variance of each look by its z alone, in parts of the deviation's: (width, look).
+
+        Near looks share the deviation, but not this. A typical shape about the peak as it
+        was found last is good enough for it.
+        """
+        u = np.abs(np.array(self._z) - self._about) / width[:, None]
+        off = self.z_sd_um / width[:, None] * 2 * u / (1 + u * u)
+        loosened: Floats = (np.minimum(off, _MOST_OFF) / DEVIATION) ** 2
+        return loosened
 
     def _log_prior(self) -> Floats:
         spread = (self._log_widths - math.log(self.width_um)) / self.width_spread
@@ -347,6 +392,11 @@ class CurvePosterior:
         sd = DEVIATION * amplitude * np.sqrt(f**2 + _TAIL**2)  # (look, curve)
         # The looks are passed closely, not exactly: each has its own noise.
         own = (0.2 * _NUGGET) * sd**2 + self._noise**2 + (1e-6 * y.max()) ** 2
+        if self.z_sd_um > 0:
+            d = z[:, None] - centre
+            u = np.abs(d) / (width * np.where(d > 0, 1 + skew, 1 - skew))
+            off = self.z_sd_um / width * _relative_slope(u, f, _EXPONENT[si], _IS_BELL[si])
+            own = own + (amplitude * f * np.minimum(off, _MOST_OFF)) ** 2
         rest = y[:, None] - (base + amplitude * f) - wander(z) * sd - shake * np.sqrt(own)
 
         def correlation(x: Floats) -> Floats:
@@ -387,9 +437,10 @@ class CurvePosterior:
             + self._baseline
         ) / scale
         sharpness = self._sharpness.astype(np.float32).T  # (curve, grid)
-        for i, y in enumerate(scores.astype(np.float32)):
-            # If curve j were the truth, which curves would the look leave?
-            weight = np.exp(-0.5 * (y[:, None] - y[None, :]) ** 2)
-            weight /= weight.sum(1, keepdims=True)
-            worth[i] = (weight @ sharpness).max(1).mean()
+        with one_thread():
+            for i, y in enumerate(scores.astype(np.float32)):
+                # If curve j were the truth, which curves would the look leave?
+                weight = np.exp(-0.5 * (y[:, None] - y[None, :]) ** 2)
+                weight /= weight.sum(1, keepdims=True)
+                worth[i] = (weight @ sharpness).max(1).mean()
         return worth

@@ -7,6 +7,7 @@ be compared with the noise of both, measured from them (see `metrics.compare_til
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
@@ -35,6 +36,10 @@ _WEAK = 0.4
 
 # A look repeated at the same z may differ by so much of the contrast.
 _REPEATS = 0.35
+_REPEATS_ON_FLANK = 0.5
+
+# Tiles up to this quantile are taken to show no specimen where others do.
+_FLOOR = 0.2
 
 _SAME_UM = 1e-6
 
@@ -182,9 +187,17 @@ class ScoredLooks:
 
     @property
     def weak(self) -> bool:
-        """Whether the contrast is so small that a flickering lamp could have made it."""
-        best, worst = self.best.score, self.worst.score
-        return best > 0 and worst > _WEAK * best
+        """Whether the contrast is so small that a flickering lamp could have made it.
+
+        A lamp moves all tiles by one factor, and what they differ by, too. On a sparse field
+        most tiles show the camera's noise alone, which hides how far the others rose.
+        """
+        best, worst = self.best, self.worst
+        return bool(
+            best.score > 0
+            and worst.score > _WEAK * best.score
+            and _above_floor(worst.tiles) > _WEAK * _above_floor(best.tiles)
+        )
 
     @property
     def bracketed(self) -> bool:
@@ -196,16 +209,36 @@ class ScoredLooks:
         foot = scores.min() + _FOOT * (scores.max() - scores.min())
         return len(np.unique(self.z[scores >= foot])) >= _ON_PEAK
 
-    def widest_gap(self) -> tuple[float, float]:
-        """Middle and width (µm) of the widest part of the limits without a look.
+    def next_in_lattice(self, spacing_um: float) -> float | None:
+        """Where a look is missing until none of the limits is far from one; None if none is.
 
-        A part that ends at a limit counts twice: no look stands on its other side.
+        Parameters
+        ----------
+        spacing_um : float
+            Looks may be so far apart, and half of it from a limit.
         """
         low, high = self.request.z_min_um, self.request.z_max_um
         z = np.unique(self.z)
-        gaps = [((a + b) / 2, b - a) for a, b in pairwise(z)]
-        gaps += [(low, 2 * (z[0] - low)), (high, 2 * (high - z[-1]))]
-        return max(gaps, key=lambda gap: gap[1])
+        best: tuple[float, float] | None = None  # how wide the gap is, and its middle look
+        # A limit is a mirror: behind it, as far away, stands the same look again.
+        mirrored = np.concatenate([[2 * low - z[0]], z, [2 * high - z[-1]]])
+        for a, b in pairwise(mirrored):
+            missing = math.ceil((b - a) / spacing_um - 1e-3) - 1
+            if missing < 1:
+                continue
+            places = a + (b - a) * np.arange(1, missing + 1) / (missing + 1)
+            if a < low:
+                # an odd number would put one on the limit itself, where half is wasted
+                missing += missing % 2
+                places = a + (b - a) * np.arange(1, missing + 1) / (missing + 1)
+                places = places[places > low]
+            elif b > high:
+                missing += missing % 2
+                places = a + (b - a) * np.arange(1, missing + 1) / (missing + 1)
+                places = places[places < high]
+            if best is None or b - a > best[0]:
+                best = float(b - a), float(places[len(places) // 2])
+        return None if best is None else best[1]
 
     def why_flat(self) -> str:
         """One clause that says what a flat curve most likely is."""
@@ -302,8 +335,14 @@ class ScoredLooks:
         best, worst = self.best, self.worst
         again_best = self.add((yield best.z_um))
         again_worst = self.add((yield worst.z_um))
-        moved = max(abs(again_best.score - best.score), abs(again_worst.score - worst.score))
-        if moved > _REPEATS * (best.score - worst.score):
+        contrast = max(best.score, again_best.score) - worst.score
+        # on a steep flank the best look moves with the stage; a lamp moves the worst, too
+        shaky = self.request.z_sd_um > 0
+        if abs(again_worst.score - worst.score) > _REPEATS * (
+            best.score - worst.score
+        ) or abs(again_best.score - best.score) > (
+            _REPEATS_ON_FLANK * contrast if shaky else _REPEATS * (best.score - worst.score)
+        ):
             return (
                 "the score changes by itself between looks at the same z "
                 "(does the lamp flicker, drift or bleach?)"
@@ -348,6 +387,11 @@ def parabola_top(z: Floats, q: Floats) -> float:
         return float(z[1])
     top = 0.5 * (z[0] + z[1]) - left / (2 * bend)
     return float(min(max(top, z[0]), z[2]))
+
+
+def _above_floor(tiles: Floats) -> float:
+    """By how much the tiles exceed the emptiest of them, on average."""
+    return float(tiles.mean() - np.quantile(tiles, _FLOOR))
 
 
 def _scale(a: ScoredLook, b: ScoredLook) -> float:

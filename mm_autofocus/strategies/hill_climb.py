@@ -48,6 +48,15 @@ _CONFIRM_AFTER = 5
 _STRIDE = 0.4
 _KNOWN_STRIDE = 1.6
 
+# Half-width of the focus curve of a thin specimen, in depths of field; a thick one's is
+# larger, so the spread of its logarithm is not small.
+_DOF_WIDTH = 1.6
+_DOF_SPREAD = 0.7
+_DOF_STRIDE = 6.0
+
+# Looks that an even lattice over the limits takes until they are flat for certain.
+_LATTICE = 7
+
 
 class HillClimb:
     """Climb the focus curve with a model of its shape.
@@ -81,7 +90,7 @@ class HillClimb:
         width = max(request.z_max_um - request.z_min_um, 1e-6) / 6
         dof = request.optics.dof_um
         if dof is not None:
-            width = min(width, 3 * dof)
+            return min(width, _DOF_WIDTH * dof), _DOF_SPREAD
         return width, 1.0
 
     def learn_width(self, width_um: float) -> None:
@@ -99,7 +108,9 @@ class _Climb:
         self.low, self.high = request.z_min_um, request.z_max_um
         self.grain = 0.0  # how far the stage stood from where it was sent
         width, spread = owner.expected_width(request)
-        self.posterior = CurvePosterior(self.low, self.high, width, spread, prior=request.prior)
+        self.posterior = CurvePosterior(
+            self.low, self.high, width, spread, prior=request.prior, z_sd_um=request.z_sd_um
+        )
 
     def run(self) -> Looking:
         request, looks = self.request, self.looks
@@ -111,10 +122,10 @@ class _Climb:
             if len(looks) == 1:
                 z = self._stride()
             elif looks.flat:
-                gap = looks.widest_gap()
-                if gap[1] <= self._resolved_um():
+                gap = looks.next_in_lattice(self._resolved_um())
+                if gap is None:
                     return looks.failed(looks.why_flat())
-                z = gap[0]
+                z = gap
             else:
                 if len(looks) >= _CONFIRM_AFTER and (reason := (yield from looks.confirm())):
                     return looks.failed(reason)
@@ -150,6 +161,8 @@ class _Climb:
         step = self.request.step_um
         if step is None:
             step = _STRIDE * (self.high - self.low)
+            if (dof := self.request.optics.dof_um) is not None:
+                step = min(step, _DOF_STRIDE * max(dof, (self.high - self.low) / 21))
             if (known := self.owner.known_width_um) is not None:
                 step = min(step, _KNOWN_STRIDE * known)
         up = self.high - here >= here - self.low
@@ -169,14 +182,20 @@ class _Climb:
         tolerance = self.request.effective_tolerance_um
         if tolerance is None:
             return estimate.loss <= _LOSS
-        return estimate.sd_um <= tolerance or estimate.loss <= _NO_LOSS
+        return self._error_um(estimate) <= tolerance or estimate.loss <= _NO_LOSS
+
+    def _error_um(self, estimate: Estimate) -> float:
+        """Of a frame taken at the estimate: the stage comes to rest somewhere about it."""
+        return math.hypot(estimate.sd_um, self.request.z_sd_um)
 
     def _supported(self, estimate: Estimate) -> bool:
         best = self.looks.best.score
         # a stage of coarse steps cannot come nearer
-        near = max(_NEAR * estimate.width_um, self._apart_um(estimate))
+        shaky = 2 * self.request.z_sd_um
+        near = max(_NEAR * estimate.width_um, shaky, self._apart_um(estimate))
+        as_sharp = _AS_SHARP - min((shaky / estimate.width_um) ** 2, 0.2)
         return any(
-            look.score >= _AS_SHARP * best and abs(look.z_um - estimate.z_um) <= near
+            look.score >= as_sharp * best and abs(look.z_um - estimate.z_um) <= near
             for look in self.looks.looks
         )
 
@@ -208,7 +227,7 @@ class _Climb:
 
     def _resolved_um(self) -> float:
         """Gap between flat looks in which no peak is expected to hide."""
-        gap = (self.high - self.low) / 8
+        gap = (self.high - self.low) / _LATTICE
         dof = self.request.optics.dof_um
         if dof is not None:
             gap = min(gap, max(6 * dof, (self.high - self.low) / 16))
@@ -221,7 +240,7 @@ class _Climb:
         # One peak lies between the neighbours of the best look, whatever the model thinks.
         low, high = looks.neighbours
         z = min(max(estimate.z_um, low), high)
-        error, score = estimate.sd_um, estimate.score
+        error, score = self._error_um(estimate), estimate.score
         doubt = ""
         if not self._supported(estimate):
             z, score = looks.best.z_um, looks.best.score
