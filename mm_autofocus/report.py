@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_autofocus.console import number, tile_table
 from mm_autofocus.errors import HardwareError, InputError
-from mm_autofocus.hooks.thumbnail import thumbnail_png
+from mm_autofocus.hooks.thumbnail import detail_at, thumbnail_png
 from mm_autofocus.ometiff import FileRecord, FocusRecord, read_plane, read_record
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-t
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5ea; text-align: right }
 th:first-child, td:first-child, td.text, th.text { text-align: left }
+td { white-space: nowrap } td:last-child { white-space: normal }
 .tiles { display: grid; gap: 1rem;
          grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
 figure { margin: 0 } img.plot { max-width: 100% }
@@ -282,8 +283,11 @@ def _pictures(record: FileRecord, doubtful: list[FocusRecord]) -> str:
             images.append(("before", base64.b64encode(focus.thumbnail).decode()))
         frame = next((f for f in focus.frames if _is_data(record, f)), None)
         if frame is not None:
-            plane = read_plane(record.path, frame.image, frame.t, frame.c, frame.z)
-            images.append(("after", thumbnail_png(plane)))
+            plane = read_plane(
+                record.path, frame.image, frame.t, frame.c, frame.z, record=record
+            )
+            at = focus.record.get("thumbnail_xy") or detail_at(plane)
+            images.append(("after", thumbnail_png(plane, (at[0], at[1]))))
         if not images:
             continue
         pictures = "".join(

@@ -222,7 +222,7 @@ class Ledger:
         z_before_um: float,
         z_after_um: float,
         now_s: float,
-        thumbnail: str | None = None,
+        thumbnail: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Write down one search, and what it means for later frames.
 
@@ -236,8 +236,9 @@ class Ledger:
             Where the stage stood before the search, and where it was left.
         now_s : float
             Time since the run began, in s.
-        thumbnail : str, optional
-            Base64 PNG of the first look.
+        thumbnail : dict, optional
+            ``thumbnail`` (base64 PNG of a part of the first look) and ``thumbnail_xy``
+            (where the part begins).
 
         Returns
         -------
@@ -269,7 +270,7 @@ class Ledger:
             "surface_residual_um": residual,
             "curve": [list(point) for point in result.curve],
             "details": dict(result.details),
-            **({"thumbnail": thumbnail} if thumbnail else {}),
+            **(thumbnail or {}),
         }
         self.records.append(record)
         before = self._foci.get(place.key)

@@ -160,7 +160,6 @@ class AutofocusHook:
             rig.move_to(target)
         record = ledger.frame_record(place, self._now_s())
         if record is not None:
-            record.pop("thumbnail", None)
             for part in parts:
                 part["tags"] = {**part.get("tags", {}), KEY: json.dumps(record)}
         return event

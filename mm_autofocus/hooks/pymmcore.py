@@ -28,7 +28,7 @@ from mm_autofocus.hooks.checks import check_plan, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.rig import CoreRig
 from mm_autofocus.hooks.signals import FocusSignals
-from mm_autofocus.hooks.thumbnail import thumbnail_png
+from mm_autofocus.hooks.thumbnail import detail_at, thumbnail_png
 from mm_autofocus.plan import (
     autofocus_plans,
     fresh,
@@ -432,7 +432,7 @@ class AutofocusEngine(MDAEngine):
             z_before_um=z_before,
             z_after_um=run.rig.position_um(),
             now_s=run.now_s(),
-            thumbnail=thumbnail_png(first[0].image) if first else None,
+            thumbnail=_thumbnail(first[0]) if first else None,
         )
         self.signals.finished.emit(record)
         return record
@@ -476,6 +476,11 @@ class AutofocusEngine(MDAEngine):
             if not status.pause_requested:
                 return
             time.sleep(_POLL_S)
+
+
+def _thumbnail(look: Look) -> dict[str, Any]:
+    at = detail_at(look.image)
+    return {"thumbnail": thumbnail_png(look.image, at), "thumbnail_xy": list(at)}
 
 
 @contextmanager

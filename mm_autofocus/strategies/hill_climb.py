@@ -54,6 +54,9 @@ _DOF_WIDTH = 1.6
 _DOF_SPREAD = 0.7
 _DOF_STRIDE = 6.0
 
+# A third of the depth of field is what may be called sure; what is aimed at, in parts of it.
+_AIM = 0.55
+
 # Looks that an even lattice over the limits takes until they are flat for certain.
 _LATTICE = 7
 
@@ -170,7 +173,7 @@ class _Climb:
 
     def _next(self, estimate: Estimate) -> float | None:
         """Where to look next (µm); None if no look is needed, or none would teach anything."""
-        if len(self.looks) >= _FEWEST and self._sure(estimate):
+        if len(self.looks) >= _FEWEST and self._enough(estimate):
             if self._supported(estimate) or self._seen(estimate.z_um, estimate):
                 return None
             return estimate.z_um
@@ -183,6 +186,19 @@ class _Climb:
         if tolerance is None:
             return estimate.loss <= _LOSS
         return self._error_um(estimate) <= tolerance or estimate.loss <= _NO_LOSS
+
+    def _enough(self, estimate: Estimate) -> bool:
+        """Whether it is sure, and would hardly be surer after another look."""
+        if not self._sure(estimate):
+            return False
+        tolerance = self.request.effective_tolerance_um
+        if tolerance is None or self.request.tolerance_um is not None:
+            return True
+        return (
+            self._error_um(estimate) <= _AIM * tolerance
+            or estimate.sd_um <= self.request.z_sd_um
+            or estimate.loss <= _NO_LOSS
+        )
 
     def _error_um(self, estimate: Estimate) -> float:
         """Of a frame taken at the estimate: the stage comes to rest somewhere about it."""
