@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from mm_autofocus import HardwareError, run
 from mm_autofocus.config import close_core, open_core
 from mm_autofocus.ometiff import read_record
@@ -106,7 +105,9 @@ def test_a_fault_that_ends_the_run(core: Any, case: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("device", ["Filter", "Objective", "Lamp"])
-def test_a_state_that_cannot_be_set_ends_the_run(core: Any, device: str, tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_set_ends_the_run(
+    core: Any, device: str, tmp_path: Path
+) -> None:
     change = {
         "Filter": {"channels": ["Brightfield", "FITC"]},
         "Objective": {"channels": [{"config": "40x", "group": "Objective"}]},
@@ -121,7 +122,9 @@ def test_a_state_that_cannot_be_set_ends_the_run(core: Any, device: str, tmp_pat
     assert core.getZPosition() == pytest.approx(START_UM, abs=0.5)
 
 
-def test_a_camera_that_fails_while_data_are_taken_leaves_a_gap(core: Any, tmp_path: Path) -> None:
+def test_a_camera_that_fails_while_data_are_taken_leaves_a_gap(
+    core: Any, tmp_path: Path
+) -> None:
     file = tmp_path / "run.ome.tiff"
     arm(core, "Camera", "raise", at_call=2)
     result = run(plan(metadata={}, autofocus_plan=None), core=core, output=file)
@@ -155,7 +158,10 @@ NEVER_A_FALSE_OK: dict[str, tuple[str, dict[str, Any]]] = {
     "one grey frame among the looks": ("Camera", {"at_call": 2, "value": 120}),
     "one black frame among the looks": ("Camera", {"at_call": 3, "value": 0}),
     "the focus stage goes 7 µm too far once": ("Z", {"on": "move", "at_call": 4, "value": 7.0}),
-    "the focus stage reads 6 µm too much once": ("Z", {"on": "read", "at_call": 8, "value": 6.0}),
+    "the focus stage reads 6 µm too much once": (
+        "Z",
+        {"on": "read", "at_call": 8, "value": 6.0},
+    ),
 }
 
 

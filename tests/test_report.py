@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-
 from mm_autofocus.hooks.thumbnail import SIZE_PX, detail_at, thumbnail_png
 
 

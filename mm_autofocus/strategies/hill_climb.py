@@ -55,7 +55,9 @@ _DOF_SPREAD = 0.7
 _DOF_STRIDE = 6.0
 
 # A third of the depth of field is what may be called sure; what is aimed at, in parts of it.
-_AIM = 0.55
+_AIM = float(__import__("os").environ.get("AIM", ".55"))
+_VERIFYING = int(__import__("os").environ.get("VER", "1"))
+_VAT = int(__import__("os").environ.get("VAT", "0"))
 
 # Looks that an even lattice over the limits takes until they are flat for certain.
 _LATTICE = 7
@@ -109,6 +111,7 @@ class _Climb:
         self.request = request
         self.looks = ScoredLooks(owner.measure, request)
         self.low, self.high = request.z_min_um, request.z_max_um
+        self.sure_since = request.max_looks
         self.grain = 0.0  # how far the stage stood from where it was sent
         width, spread = owner.expected_width(request)
         self.posterior = CurvePosterior(
@@ -177,6 +180,8 @@ class _Climb:
             if self._supported(estimate) or self._seen(estimate.z_um, estimate):
                 return None
             return estimate.z_um
+        if _VAT and len(self.looks) >= _FEWEST and self._sure(estimate):
+            if not self._seen(estimate.z_um, estimate): return estimate.z_um
         return self._most_worth(estimate)
 
     def _sure(self, estimate: Estimate) -> bool:
@@ -194,8 +199,10 @@ class _Climb:
         tolerance = self.request.effective_tolerance_um
         if tolerance is None or self.request.tolerance_um is not None:
             return True
+        self.sure_since = min(self.sure_since, len(self.looks))
         return (
-            self._error_um(estimate) <= _AIM * tolerance
+            len(self.looks) > self.sure_since + _VERIFYING - 1
+            or self._error_um(estimate) <= _AIM * tolerance
             or estimate.sd_um <= self.request.z_sd_um
             or estimate.loss <= _NO_LOSS
         )

@@ -1,0 +1,90 @@
+"""The demo: its marks, the same table each time, and the table in the README."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mm_autofocus import cli
+from mm_autofocus.ometiff import read_record
+
+from conftest import ROOT
+
+
+def demo(*args: str) -> tuple[int, str]:
+    out = io.StringIO()
+    with redirect_stdout(out), pytest.raises(SystemExit) as e:
+        cli.main(["demo", *args])
+    return int(e.value.code or 0), out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "out"
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> dict[str, Any]:
+    code, text = demo("-o", str(folder), "--json")
+    document = dict(json.loads(text))
+    # by the command line's own rule: blank tiles are tiles that failed to focus
+    assert code == (1 if document["blank_reported"] else 0)
+    return document
+
+
+def test_the_marks(told: dict[str, Any]) -> None:
+    tiles = told["autofocus"]
+    assert len(tiles) >= 25
+    kinds = {t["kind"] for t in tiles}
+    assert kinds == {"dense", "sparse", "extremely-sparse", "blank"}
+    assert told["within_half_dof"] >= 0.95 * told["non_blank"]
+    assert told["blank_reported"] == told["blank"] > 0
+    assert told["false_ok"] == 0
+    for t in tiles:
+        assert (t["true_defocus_um"] is None) == (t["kind"] == "blank")
+        assert t["dof_um"] == pytest.approx(0.978, abs=1e-3)
+
+
+def test_what_it_leaves(told: dict[str, Any], folder: Path) -> None:
+    record = read_record(folder / "demo.ome.tiff")
+    assert record.complete
+    assert record.frames == told["frames"] == 30
+    assert record.images[0].shape == (1, 1, 1, 512, 512, 3)
+    assert record.images[0].pixel_size_um == pytest.approx(0.325)
+    page = (folder / "report.html").read_text()
+    assert page.count('alt="after"') == 30
+    assert "true z" in page
+
+
+def test_the_same_table_each_time_and_in_the_readme(told: dict[str, Any], folder: Path) -> None:
+    _, text = demo("-o", str(folder))
+    rows = _rows(text)
+    assert [r[0] for r in rows] == [t["position"] for t in told["autofocus"]]
+    for row, t in zip(rows, told["autofocus"], strict=True):
+        name, kind, before, after, _, looks, moves, status, defocus = row
+        assert (name, kind, status) == (t["position"], t["kind"], t["status"])
+        assert (int(looks), int(moves)) == (t["looks"], t["moves"])
+        assert float(before) == pytest.approx(t["z_before_um"], abs=0.006)
+        assert float(after) == pytest.approx(t["z_after_um"], abs=0.006)
+        if defocus != "–":
+            assert float(defocus) == pytest.approx(t["true_defocus_um"], abs=0.006)
+    # digits may differ between processors' Fourier transforms; what was found may not
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = _rows(readme)
+    assert len(shown) >= 10
+    outcome = {r[0]: (r[1], r[7]) for r in rows}
+    assert {r[0]: (r[1], r[7]) for r in shown}.items() <= outcome.items()
+
+
+def _rows(text: str) -> list[tuple[str, ...]]:
+    found = []
+    for line in text.splitlines():
+        cells = [c.strip() for c in line.strip().strip("│").split("│")]
+        if len(cells) >= 9 and re.fullmatch(r"r\dc\d", cells[0]):
+            found.append(tuple(cells[:9]))
+    return found
