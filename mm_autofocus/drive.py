@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Stages report rounded positions: a request this close to a limit is on it.
 _EPSILON_UM = 1e-6
+# Smaller moves may be lost in the rounding of a stage.
+_PLAIN_MOVE_UM = 1.0
 
 
 class LookBudgetError(LimitError):
@@ -56,6 +58,21 @@ class _Stage:
     request: FocusRequest
     backlash_um: float
     moves: int = 0
+    stayed: int = 0
+    """Moves in a row after which the stage stood where it had stood before."""
+
+    def follow(self, asked_um: float, stands_um: float, stood_um: float) -> str:
+        """Say what is wrong if the stage does not follow, else return ""."""
+        asked, moved = abs(asked_um - stood_um), abs(stands_um - stood_um)
+        if asked < _PLAIN_MOVE_UM:
+            return ""
+        self.stayed = self.stayed + 1 if moved < 0.01 * asked else 0
+        if self.stayed < 2:
+            return ""
+        return (
+            f"the focus stage does not follow: it was sent to {asked_um:g} µm and stands at "
+            f"{stands_um:g} µm (if that is the end of its travel, set z_min_um or z_max_um)"
+        )
 
     def go(self, z_um: float) -> None:
         low, high = self.request.z_min_um, self.request.z_max_um
@@ -133,6 +150,7 @@ def drive(
             on_look(look)
 
     search = strategy.focus(request)
+    result: FocusResult
     try:
         with rig.looking():
             try:
@@ -145,14 +163,19 @@ def drive(
                             f"{strategy.name} asked for look {len(curve) + 1} of at most "
                             f"{request.max_looks}"
                         )
+                    stood_um = rig.position_um()
                     stage.go(z_um)
                     looks.append(rig.look())
+                    wrong = stage.follow(z_um, looks[-1].z_um, stood_um)
                     try:
                         z_um = search.send(looks[-1])
                     finally:
                         report()
+                    if wrong:
+                        result = FocusResult(None, "failed", reason=wrong)
+                        break
             except StopIteration as stop:
-                result: FocusResult = stop.value
+                result = stop.value
         if result.found:
             assert result.z_um is not None
             stage.go(result.z_um)

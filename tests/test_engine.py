@@ -241,6 +241,15 @@ def test_positions_without_z_keep_their_own_focus(
     assert np.abs(zs).max() <= NEAR_UM
 
 
+def test_focusing_only_the_first_position_is_warned_of(
+    core: CMMCorePlus, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = AutofocusEngine(core, restore_initial_state=False)
+    recorder.run(engine, plan(axes="t", time_plan={"interval": 0, "loops": 2}))
+    assert {r["index"]["p"] for r in engine.records} == {0}
+    assert "use [t, p] to focus each" in caplog.text
+
+
 REFUSED = {
     "axes p without positions": ({"stage_positions": []}, "no stage positions"),
     "no autofocus plan": ({"axes": ""}, "autofocus_plan: {axes: [p]}"),

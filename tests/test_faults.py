@@ -185,3 +185,12 @@ def test_a_lost_focus_lock_says_so(core: Any) -> None:
     assert core.getProperty("FocusLock", "lock") not in ("", None)
     core.setProperty("FocusLock", "lose", 1)
     assert microscope_of(core).focus_lost
+
+
+def test_a_stage_that_does_not_follow_is_named(core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # no device of the virtual microscope lies like this: it accepts each move and stays
+    monkeypatch.setattr(core, "setPosition", lambda *_: None)
+    result = run(plan(stage_positions=[{"x": 0, "y": 0}]), core=core)
+    assert result.records[0]["status"] == "failed"
+    assert "does not follow" in result.records[0]["reason"]
+    assert result.records[0]["looks"] <= 3

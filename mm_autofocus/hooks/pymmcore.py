@@ -315,6 +315,13 @@ class AutofocusEngine(MDAEngine):
                 "offset; add z_plan: {relative: [0]}"
             )
         axes = {axis for plan in autofocus_plans(sequence) for axis in plan.axes}
+        if len(sequence.stage_positions) > 1 and axes <= {"t"}:
+            logger.warning(
+                "autofocus_plan.axes: %s focuses only the first of %d positions at each time "
+                "point; use [t, p] to focus each",
+                sorted(axes),
+                len(sequence.stage_positions),
+            )
         run = _Run(
             sequence,
             settings,
