@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import platform
@@ -92,11 +93,17 @@ def _iso(text: Any) -> str:
     return now.isoformat(timespec="milliseconds")
 
 
-def _versions(summary: Mapping[str, Any]) -> dict[str, str]:
+@functools.cache  # they do not change, and looking them up costs milliseconds
+def _installed() -> dict[str, str]:
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("mm-autofocus", "pymmcore-plus", "useq-schema", "tifffile", "ome-types"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _versions(summary: Mapping[str, Any]) -> dict[str, str]:
+    found = dict(_installed())
     system = summary.get("system_info") or {}
     for name, key in (("MMCore", "mmcore_version"), ("MMDevice", "device_api_version")):
         if system.get(key):
