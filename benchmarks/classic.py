@@ -1,6 +1,6 @@
 """The classic searches beside their peers, on real stacks and on the DemoCamera.
 
-    python benchmarks/classic.py [--data FOLDER] [--part stacks|demo|metrics ...] [--write]
+    python benchmarks/classic.py [--data FOLDER] [--part PART ...] [--write]
 
 Parts whose data or adapters are absent are left out.
 """
@@ -29,6 +29,7 @@ from mm_autofocus.settings import AutofocusSettings
 from mm_autofocus.types import FocusRequest, Look
 from scipy.optimize import minimize_scalar
 
+import _virtual_fields
 from _results import write_section
 
 OFFSETS_UM = (-9.0, -5.0, 5.0, 9.0)
@@ -365,6 +366,27 @@ def demo_part() -> str:
     return "\n".join(lines)
 
 
+# -- the virtual slide -------------------------------------------------------------------
+
+HELD_OUT_SEED = 7
+
+
+def virtual_part() -> str:
+    """One field of view after another, each search without memory of the one before."""
+    found = _virtual_fields.runs(HELD_OUT_SEED, fields=20, blank=20)
+    starts = ", ".join(f"{s:+g}" for s in _virtual_fields.STARTS_UM)
+    return (
+        f"SIMULATED: the virtual slide at 20×/0.75, slide seed {HELD_OUT_SEED}; the constants "
+        "were set on the seeds 1 and 3; seed 7 had been run once before, on an interim "
+        "version, and nothing was set by it. 20 fields of each kind and 20 blank ones, each "
+        f"from {starts} µm of its geometric focus, within ±15 µm. The stage comes to rest with "
+        "a standard deviation of 0.15 µm (`repeatability_um: 0.15`). The error is the true "
+        "defocus, by the focus measure on noiseless images, of a frame taken after the search; "
+        f"one that failed counts with the defocus that it began with. The depth of field is "
+        f"{found[0].dof_um:.2f} µm.\n\n" + _virtual_fields.table(found)
+    )
+
+
 def main() -> None:
     """Run the parts and print, or write, their tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -372,7 +394,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=Path(os.environ.get("MM_AUTOFOCUS_DATA", root))
     )
-    parts = ("stacks", "demo", "metrics")
+    parts = ("stacks", "demo", "metrics", "virtual-slide")
     parser.add_argument("--part", choices=parts, nargs="+", default=parts)
     parser.add_argument(
         "--write", action="store_true", help="replace the sections in RESULTS.md"
@@ -401,6 +423,8 @@ def main() -> None:
             print(f"the DemoCamera is left out: {e}")
         else:
             report("demo", "Classic search on the DemoCamera", text)
+    if "virtual-slide" in args.part:
+        report("virtual-slide", "Hill-climb on the virtual slide (SIMULATED)", virtual_part())
     if has_data and "metrics" in args.part:
         report("metrics", "Focus measures on recorded stacks", metrics_part(args.data))
 

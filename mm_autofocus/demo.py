@@ -84,6 +84,7 @@ def demo_plan() -> dict[str, Any]:
                 # each tile begins where the surface through the tiles before expects it
                 "prior": "surface",
                 "backlash_um": 1.0,
+                "repeatability_um": 0.15,
                 "na": 0.75,
                 "magnification": 20.0,
             }

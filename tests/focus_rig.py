@@ -45,7 +45,9 @@ class FocusRig:
         seed: int = 0,
         max_value: float | None = 65535.0,
         breaks_at_look: int | None = None,
+        z_sd_um: float = 0.0,
     ) -> None:
+        self.z_sd_um, self.off_um = z_sd_um, 0.0
         self.shape, self.focus_um, self.width_um = shape, focus_um, width_um
         self.amplitude, self.noise, self.level, self.lamp = amplitude, noise, level, lamp
         self.rng = np.random.default_rng(seed)
@@ -60,17 +62,24 @@ class FocusRig:
     def curve(self, z_um: float) -> float:
         return float(SHAPES[self.shape](np.asarray((z_um - self.focus_um) / self.width_um)))
 
+    @property
+    def true_um(self) -> float:
+        """Where the stage really stands; `z_sd_um` is the spread of it about its reading."""
+        return self.z_um + self.off_um
+
     def position_um(self) -> float:
         return self.z_um
 
     def move_to(self, z_um: float) -> None:
+        if z_um != self.z_um and self.z_sd_um:
+            self.off_um = float(self.rng.normal(0, self.z_sd_um))
         self.z_um = float(z_um)
         self.visited.append(self.z_um)
 
     def look(self) -> Look:
         if self.breaks_at_look == self.looks:
             raise HardwareError("the camera has gone")
-        image = self.level + self.amplitude * np.sqrt(self.curve(self.z_um)) * _TEXTURE
+        image = self.level + self.amplitude * np.sqrt(self.curve(self.true_um)) * _TEXTURE
         image = image * self.lamp(self.looks) + self.rng.normal(0, self.noise, image.shape)
         self.looks += 1
         return Look(self.z_um, np.rint(image).clip(0, 65535).astype(np.uint16), self.max_value)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mm_autofocus.drive import drive
 from mm_autofocus.errors import InputError
 from mm_autofocus.registry import STRATEGIES
+from mm_autofocus.replay import RecordedStack, request_for
 from mm_autofocus.settings import AutofocusSettings, EscalationStep, parse_settings
 from mm_autofocus.strategies.brent import Brent, bounded_brent
 from mm_autofocus.strategies.escalate import Escalate, build_strategy
@@ -77,6 +78,40 @@ def test_the_tolerance_is_kept(tolerance):
     assert np.sqrt(np.mean(np.square(error))) <= tolerance
 
 
+@pytest.mark.parametrize(("shape", "width"), [("lorentz", 1.7), ("gauss", 2.5)])
+def test_the_expected_error_knows_that_z_is_uncertain(shape, width):
+    optics = Optics(na=0.75, pixel_size_um=0.325)
+    error, expected = [], []
+    for seed in range(24):
+        focus = (seed * 7.3) % 22 - 11
+        rig = FocusRig(shape, focus, width, seed=seed, z_sd_um=0.15)
+        result = search(rig, span=15.0, optics=optics, z_sd_um=0.15)
+        assert result.status == "ok"
+        error.append(rig.true_um - focus)
+        expected.append(result.expected_error_um)
+    ratio = np.abs(error) / np.array(expected)
+    assert min(expected) >= 0.15  # the frame itself is off by so much
+    assert max(expected) <= optics.dof_um / 3
+    assert np.max(np.abs(error)) < optics.dof_um / 2
+    assert np.mean(ratio <= 1) >= 0.6
+    assert np.mean(ratio <= 2) >= 0.9
+
+
+@pytest.mark.parametrize(("given", "z_sd_um"), [({}, 0.0), ({"repeatability_um": 0.2}, 0.2)])
+def test_recorded_planes_are_where_they_are(given, z_sd_um):
+    rig = RecordedStack(np.arange(3 * 8 * 8, dtype=np.uint16).reshape(3, 8, 8), 1.0)
+    assert request_for(rig, AutofocusSettings(**given)).z_sd_um == z_sd_um
+
+
+def test_a_stage_that_is_coarser_than_the_tolerance_is_not_sure():
+    rig = FocusRig("lorentz", 3.0, 3.0, z_sd_um=0.3)
+    result = search(rig, tolerance_um=0.2, z_sd_um=0.3)
+    assert result.status == "low-confidence"
+    assert "repeatability" in result.reason
+    assert result.looks < 15  # it does not try until the budget is spent
+    assert abs(rig.true_um - 3.0) < 1.2
+
+
 def test_the_same_looks_give_the_same_answer():
     assert search(FocusRig(focus_um=3.3)) == search(FocusRig(focus_um=3.3))
 
@@ -130,6 +165,33 @@ def test_pure_camera_noise_is_never_focus(name):
         assert (result.status, result.z_um) == ("failed", None)
         assert "no contrast" in result.reason
         assert result.looks <= 12  # a blank field must not cost the whole budget
+
+
+def test_a_blank_field_is_given_up_after_an_even_lattice():
+    rig = FocusRig("none")
+    result = search(rig, span=15.0, optics=Optics(na=0.75, pixel_size_um=0.325), z_sd_um=0.1)
+    assert (result.status, result.looks) == ("failed", 7)
+    z = sorted(z for z, _ in result.curve)
+    assert np.ptp(np.diff(z)) < 0.1 and z[0] == pytest.approx(-12.86, abs=0.1)
+
+
+def test_where_tiles_show_no_lamp_nothing_is_repeated():
+    rig = FocusRig("lorentz", 4.0, 2.0)
+    uniform = rig.look
+
+    def sparse():  # an object in one corner, noise elsewhere
+        look, blank = uniform(), FocusRig("none", seed=rig.looks).look()
+        blank.image[:40, :40] = look.image[:40, :40]
+        return Look(look.z_um, blank.image, look.max_value)
+
+    rig.look = sparse
+    rig.amplitude = 20.0
+    result = search(rig, span=15.0)
+    assert result.status == "ok"
+    assert result.z_um == pytest.approx(4.0, abs=1.0)
+    scores = [score for _, score in result.curve]
+    assert min(scores) > 0.4 * max(scores)  # as a lamp could do
+    assert len({z for z, _ in result.curve}) == result.looks
 
 
 @pytest.mark.parametrize("level", [3.0, 20.0])

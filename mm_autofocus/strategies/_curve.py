@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
     Singles = npt.NDArray[np.float32]
     Weights = npt.NDArray[np.floating]
+    Bools = npt.NDArray[np.bool_]
 
 __all__ = ["CurvePosterior", "Estimate"]
 
@@ -117,18 +118,14 @@ class Estimate:
     score: float
 
 
-def _relative_slope(
-    u: Floats | Singles,
-    f: Floats | Singles,
-    exponent: Floats | Singles,
-    is_bell: npt.NDArray[np.bool_],
-) -> Floats | Singles:
+def _relative_slope(u: Weights, f: Weights, exponent: Weights, is_bell: Bools) -> Weights:
     """``|f'(u)| / f(u)`` of the shapes, of which ``f`` is given; the arguments broadcast."""
-    slope = np.where(is_bell, 1.0 - f, -np.log(np.maximum(f, 1e-12)))
-    return np.asarray(exponent * slope / np.maximum(u, 1e-6), dtype=f.dtype)
+    slope = np.where(is_bell, 1 - f, -np.log(np.maximum(f, f.dtype.type(1e-12))))
+    relative: Weights = exponent * slope / np.maximum(u, u.dtype.type(1e-6))
+    return relative
 
 
-def _peak(u: Floats, exponent: Floats, is_bell: npt.NDArray[np.bool_]) -> Floats:
+def _peak(u: Floats, exponent: Floats, is_bell: Bools) -> Floats:
     """The shapes at ``|u|``; the arguments broadcast."""
     v = np.exp(np.minimum(exponent * np.log(np.maximum(u, 1e-6)), 80.0))
     return np.where(is_bell, 1.0 / (1.0 + v), np.exp2(-np.minimum(v, 120.0)))
@@ -232,7 +229,10 @@ class CurvePosterior:
         variance += (noise * g[k]) ** 2 + np.float32(1e-9)
         if self.z_sd_um > 0:
             slope = _relative_slope(
-                u.astype(np.float32)[..., None], f[..., 0], _EXPONENT.astype(np.float32), _IS_BELL
+                u.astype(np.float32)[..., None],
+                f[..., 0],
+                _EXPONENT.astype(np.float32),
+                _IS_BELL,
             )
             off = np.float32(self.z_sd_um) * slope / width.astype(np.float32)[:, None, None]
             # further than down or up the whole flank it cannot be off

@@ -40,6 +40,7 @@ _REPEATS_ON_FLANK = 0.5
 
 # Tiles up to this quantile are taken to show no specimen where others do.
 _FLOOR = 0.2
+_MOSTLY_FLOOR = 0.15  # and their spread is then so small, in parts of the score
 
 _SAME_UM = 1e-6
 
@@ -193,11 +194,11 @@ class ScoredLooks:
         most tiles show the camera's noise alone, which hides how far the others rose.
         """
         best, worst = self.best, self.worst
-        return bool(
-            best.score > 0
-            and worst.score > _WEAK * best.score
-            and _above_floor(worst.tiles) > _WEAK * _above_floor(best.tiles)
-        )
+        if not (best.score > 0 and worst.score > _WEAK * best.score):
+            return False
+        if _above_floor(worst.tiles) > _MOSTLY_FLOOR * worst.tiles.mean():
+            return True
+        return _above_floor(worst.tiles) > _WEAK * _above_floor(best.tiles)
 
     @property
     def bracketed(self) -> bool:
@@ -219,26 +220,20 @@ class ScoredLooks:
         """
         low, high = self.request.z_min_um, self.request.z_max_um
         z = np.unique(self.z)
-        best: tuple[float, float] | None = None  # how wide the gap is, and its middle look
-        # A limit is a mirror: behind it, as far away, stands the same look again.
+        # A limit is a mirror: as far behind it stands the same look again.
         mirrored = np.concatenate([[2 * low - z[0]], z, [2 * high - z[-1]]])
+        widest, middle = 0.0, None
         for a, b in pairwise(mirrored):
             missing = math.ceil((b - a) / spacing_um - 1e-3) - 1
-            if missing < 1:
+            if missing < 1 or b - a <= widest:
                 continue
-            places = a + (b - a) * np.arange(1, missing + 1) / (missing + 1)
-            if a < low:
-                # an odd number would put one on the limit itself, where half is wasted
-                missing += missing % 2
-                places = a + (b - a) * np.arange(1, missing + 1) / (missing + 1)
-                places = places[places > low]
-            elif b > high:
-                missing += missing % 2
-                places = a + (b - a) * np.arange(1, missing + 1) / (missing + 1)
-                places = places[places < high]
-            if best is None or b - a > best[0]:
-                best = float(b - a), float(places[len(places) // 2])
-        return None if best is None else best[1]
+            at_limit = a < low or b > high
+            if at_limit and missing % 2:
+                missing += 1  # an odd number would waste one on the limit itself
+            places = np.linspace(a, b, missing + 2)[1:-1]
+            places = places[(places >= low) & (places <= high)]
+            widest, middle = b - a, float(places[(len(places) - 1) // 2])
+        return middle
 
     def why_flat(self) -> str:
         """One clause that says what a flat curve most likely is."""
@@ -335,13 +330,13 @@ class ScoredLooks:
         best, worst = self.best, self.worst
         again_best = self.add((yield best.z_um))
         again_worst = self.add((yield worst.z_um))
-        contrast = max(best.score, again_best.score) - worst.score
-        # on a steep flank the best look moves with the stage; a lamp moves the worst, too
-        shaky = self.request.z_sd_um > 0
-        if abs(again_worst.score - worst.score) > _REPEATS * (
-            best.score - worst.score
-        ) or abs(again_best.score - best.score) > (
-            _REPEATS_ON_FLANK * contrast if shaky else _REPEATS * (best.score - worst.score)
+        low, high = worst.score, max(best.score, again_best.score)
+        # On a flank the best look moves with the stage. A lamp would move the worst, too.
+        most = _REPEATS * (best.score - low)
+        most_of_best = _REPEATS_ON_FLANK * (high - low) if self.request.z_sd_um > 0 else most
+        if (
+            abs(again_worst.score - low) > most
+            or abs(again_best.score - best.score) > most_of_best
         ):
             return (
                 "the score changes by itself between looks at the same z "

@@ -3,7 +3,12 @@
 After each look the possible focus curves are narrowed down (see `_curve`), and the next
 look is taken where it is expected to teach most about where the peak is: at first in long
 strides, then across the peak, then near its top. It stops when the sharpness that it
-expects to lose at its best z is small, or the expected error is within the tolerance.
+expects to lose at its best z is small, or the expected error is within the tolerance; where
+the tolerance is not the operator's but a third of the depth of field, after one look more.
+
+The expected error is that of a frame taken at the answer: what the looks leave open, and
+where the stage comes to rest about the z that it reports (`FocusRequest.z_sd_um`). Once the
+looks know better than the stage can go, more of them are of no use.
 """
 
 from __future__ import annotations
@@ -52,12 +57,12 @@ _KNOWN_STRIDE = 1.6
 # larger, so the spread of its logarithm is not small.
 _DOF_WIDTH = 1.6
 _DOF_SPREAD = 0.7
-_DOF_STRIDE = 6.0
+_DOF_STRIDE = 6.0  # the first stride, where nothing else is known
 
-# A third of the depth of field is what may be called sure; what is aimed at, in parts of it.
-_AIM = float(__import__("os").environ.get("AIM", ".55"))
-_VERIFYING = int(__import__("os").environ.get("VER", "1"))
-_VAT = int(__import__("os").environ.get("VAT", "0"))
+# Without a tolerance of the operator's, a third of the depth of field may be called sure.
+# So many more looks are then taken to verify it, unless the error is this part of it.
+_VERIFYING = 1
+_AIM = 0.55
 
 # Looks that an even lattice over the limits takes until they are flat for certain.
 _LATTICE = 7
@@ -128,10 +133,10 @@ class _Climb:
             if len(looks) == 1:
                 z = self._stride()
             elif looks.flat:
-                gap = looks.next_in_lattice(self._resolved_um())
-                if gap is None:
+                missing = looks.next_in_lattice(self._resolved_um())
+                if missing is None:
                     return looks.failed(looks.why_flat())
-                z = gap
+                z = missing
             else:
                 if len(looks) >= _CONFIRM_AFTER and (reason := (yield from looks.confirm())):
                     return looks.failed(reason)
@@ -168,7 +173,8 @@ class _Climb:
         if step is None:
             step = _STRIDE * (self.high - self.low)
             if (dof := self.request.optics.dof_um) is not None:
-                step = min(step, _DOF_STRIDE * max(dof, (self.high - self.low) / 21))
+                # not so short that the looks at a blank field fit no even lattice
+                step = min(step, max(_DOF_STRIDE * dof, 2 * (self.high - self.low) / _LATTICE))
             if (known := self.owner.known_width_um) is not None:
                 step = min(step, _KNOWN_STRIDE * known)
         up = self.high - here >= here - self.low
@@ -180,36 +186,46 @@ class _Climb:
             if self._supported(estimate) or self._seen(estimate.z_um, estimate):
                 return None
             return estimate.z_um
-        if _VAT and len(self.looks) >= _FEWEST and self._sure(estimate):
-            if not self._seen(estimate.z_um, estimate): return estimate.z_um
         return self._most_worth(estimate)
 
     def _sure(self, estimate: Estimate) -> bool:
+        """Whether the looks tell the z as closely as is asked for, or as the stage can go."""
         if not self.looks.bracketed:
             return False
-        tolerance = self.request.effective_tolerance_um
+        tolerance, shaky = self.request.effective_tolerance_um, self.request.z_sd_um
         if tolerance is None:
-            return estimate.loss <= _LOSS
-        return self._error_um(estimate) <= tolerance or estimate.loss <= _NO_LOSS
+            return estimate.loss <= _LOSS or estimate.sd_um <= shaky
+        # what the tolerance leaves to the search: the rest is the stage's
+        own = math.sqrt(max(tolerance**2 - shaky**2, 0.0))
+        return estimate.sd_um <= max(own, shaky) or estimate.loss <= _NO_LOSS
 
     def _enough(self, estimate: Estimate) -> bool:
-        """Whether it is sure, and would hardly be surer after another look."""
+        """Whether it is sure, and another look would hardly make it surer."""
         if not self._sure(estimate):
             return False
-        tolerance = self.request.effective_tolerance_um
-        if tolerance is None or self.request.tolerance_um is not None:
+        request, tolerance = self.request, self.request.effective_tolerance_um
+        if request.tolerance_um is not None or tolerance is None:
             return True
         self.sure_since = min(self.sure_since, len(self.looks))
         return (
-            len(self.looks) > self.sure_since + _VERIFYING - 1
+            len(self.looks) >= self.sure_since + _VERIFYING
             or self._error_um(estimate) <= _AIM * tolerance
-            or estimate.sd_um <= self.request.z_sd_um
+            or estimate.sd_um <= request.z_sd_um
             or estimate.loss <= _NO_LOSS
         )
 
     def _error_um(self, estimate: Estimate) -> float:
         """Of a frame taken at the estimate: the stage comes to rest somewhere about it."""
         return math.hypot(estimate.sd_um, self.request.z_sd_um)
+
+    def _too_coarse(self, estimate: Estimate) -> bool:
+        """Whether the stage itself is what exceeds the tolerance."""
+        tolerance = self.request.effective_tolerance_um
+        return (
+            tolerance is not None
+            and self._error_um(estimate) > tolerance
+            and estimate.loss > _NO_LOSS
+        )
 
     def _supported(self, estimate: Estimate) -> bool:
         best = self.looks.best.score
@@ -277,6 +293,11 @@ class _Climb:
                 doubt = f"the budget of {self.request.max_looks} looks ran out"
             else:
                 doubt = "further looks would not bring it within the tolerance"
+        elif self._too_coarse(estimate):
+            doubt = (
+                f"the stage's repeatability of {self.request.z_sd_um:g} µm leaves no room for "
+                f"the tolerance of {self.request.effective_tolerance_um:.3g} µm"
+            )
         result: FocusResult = yield from looks.answer(
             z,
             expected_error_um=error,
