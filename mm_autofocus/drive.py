@@ -16,7 +16,7 @@ from typing import Protocol
 from mm_autofocus.errors import LimitError
 from mm_autofocus.types import FocusRequest, FocusResult, Look, Strategy
 
-__all__ = ["LookBudgetError", "Rig", "drive"]
+__all__ = ["THERE_UM", "LookBudgetError", "Rig", "drive", "way_to"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 _EPSILON_UM = 1e-6
 # Smaller moves may be lost in the rounding of a stage.
 _PLAIN_MOVE_UM = 1.0
+# Nearer than this the stage is there: less than any stage repeats.
+THERE_UM = 0.005
 
 
 class LookBudgetError(LimitError):
@@ -82,18 +84,37 @@ class _Stage:
                 f"z {z_um:g} µm is outside the limits {low:g} … {high:g} µm; "
                 "the stage was not moved there"
             )
-        z_um = min(max(z_um, low), high)
-        here = self.rig.position_um()
-        backlash = self.backlash_um
-        # The gears are taken up only by travelling towards +z (backlash > 0) or -z; a
-        # move the other way goes past the target first and comes back.
-        if backlash and (z_um - here) * backlash < 0:
-            past = min(max(z_um - backlash, low), high)
-            if past != z_um:
-                self.rig.move_to(past)
-                self.moves += 1
-        self.rig.move_to(z_um)
-        self.moves += 1
+        for stop_um in way_to(
+            min(max(z_um, low), high), self.rig.position_um(), self.backlash_um, (low, high)
+        ):
+            self.rig.move_to(stop_um)
+            self.moves += 1
+
+
+def way_to(
+    z_um: float, here_um: float, backlash_um: float, limits_um: tuple[float, float]
+) -> list[float]:
+    """The moves that bring a stage to `z_um` from the side that is set, in µm.
+
+    None at all where it stands there already: a stage sent a few nanometres back loses
+    its backlash for it. Two where the way is in the wrong direction, as the gears are
+    taken up only by travelling towards +z (`backlash_um` > 0) or -z: past it, and back.
+
+    Parameters
+    ----------
+    z_um, here_um : float
+        Where to, and where the stage stands.
+    backlash_um : float
+        From how far away to come, towards +z if positive. 0: from either side.
+    limits_um : (float, float)
+        Not to be left on the way.
+    """
+    if abs(z_um - here_um) < THERE_UM:
+        return []
+    past = min(max(z_um - backlash_um, limits_um[0]), limits_um[1])
+    if (z_um - here_um) * backlash_um < 0 and past != z_um:
+        return [past, z_um]
+    return [z_um]
 
 
 def drive(

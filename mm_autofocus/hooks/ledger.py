@@ -151,15 +151,17 @@ class Ledger:
         base = self.home_um(place) if place.home_um is None else 0.0
         return z_pos_um + base + (dz_um or 0.0)
 
-    def limits_um(self) -> tuple[float, float]:
-        """Absolute limits for a focus, in µm: the stage's, less the reach of the plan."""
+    def travel_um(self) -> tuple[float, float]:
+        """Absolute limits of the stage, in µm: the user's and its own."""
         s, (low, high) = self.settings, self.stage_limits_um
         lows = [v for v in (s.z_min_um, low) if v is not None]
         highs = [v for v in (s.z_max_um, high) if v is not None]
-        return (
-            max(lows, default=-1e9) - self.offsets_um[0],
-            min(highs, default=1e9) - self.offsets_um[1],
-        )
+        return max(lows, default=-1e9), min(highs, default=1e9)
+
+    def limits_um(self) -> tuple[float, float]:
+        """Absolute limits for a focus, in µm: the stage's, less the reach of the plan."""
+        low, high = self.travel_um()
+        return low - self.offsets_um[0], high - self.offsets_um[1]
 
     def check_home(self, home_um: float, what: str) -> None:
         """Raise `InputError` if a home is outside the limits."""

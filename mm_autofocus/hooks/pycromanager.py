@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm_autofocus.drive import drive
+from mm_autofocus.drive import drive, way_to
 from mm_autofocus.errors import CancelledError, FocusFailedError, InputError
 from mm_autofocus.hooks.checks import check_looks, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
@@ -156,8 +156,10 @@ class AutofocusHook:
         if ledger.skipped(place):
             return None
         target = ledger.target_um(place, head.get("z"))
-        if target is not None and abs(target - rig.position_um()) > 1e-3:
-            rig.move_to(target)
+        if target is not None:
+            backlash_um = self.settings.backlash_um
+            for z_um in way_to(target, rig.position_um(), backlash_um, ledger.travel_um()):
+                rig.move_to(z_um)
         record = ledger.frame_record(place, self._now_s())
         if record is not None:
             for part in parts:

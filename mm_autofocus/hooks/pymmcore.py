@@ -22,7 +22,7 @@ import useq
 from pymmcore_plus.core._sequencing import SequencedEvent
 from pymmcore_plus.mda import MDAEngine, SkipEvent
 
-from mm_autofocus.drive import drive
+from mm_autofocus.drive import drive, way_to
 from mm_autofocus.errors import CancelledError, FocusFailedError, HardwareError
 from mm_autofocus.hooks.checks import check_plan, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
@@ -202,10 +202,23 @@ class AutofocusEngine(MDAEngine):
         It logs that a stage, a channel or a property could not be set, and takes the
         frame all the same; a tile must not be focused and saved under another's name.
         """
+        run = self._run
+        assert run is not None
+        way: list[float] = []
+        if event.z_pos is not None and not (
+            isinstance(event, SequencedEvent) and event.z_sequence
+        ):
+            # The frame is approached from the side that its looks were approached from.
+            limits = run.ledger.travel_um()
+            here = run.rig.position_um()
+            way = way_to(event.z_pos, here, run.settings.backlash_um, limits)
+            event = event.model_copy(update={"z_pos": way[0] if way else None})
         with _complaints() as complaints:
             super().setup_event(event)
         if complaints:
             raise HardwareError(complaints[0])
+        for z_um in way[1:]:
+            run.rig.move_to(z_um)
         if isinstance(event, SequencedEvent) and event.x_sequence:
             return
         for axis, planned, reached in (
