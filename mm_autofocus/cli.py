@@ -204,6 +204,71 @@ def replay(
     raise typer.Exit(1 if failed else 0)
 
 
+@app.command()
+def collect(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the dataset; is continued.")
+    ],
+    plan: Annotated[
+        Path | None, typer.Argument(help="A useq plan with z-stacks, YAML or JSON.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Micro-Manager .cfg, or a shipped one by name.")
+    ] = None,
+    from_: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="A recorded stack (repeatable), instead of a plan."),
+    ] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(help="Further recorded stacks.", hidden=True)
+    ] = None,
+    step_um: Annotated[
+        float | None, typer.Option(help="Distance of the planes of recorded stacks in µm.")
+    ] = None,
+    slide: Annotated[str, typer.Option(help="Name of the slide.")] = "slide",
+    na: Annotated[float | None, typer.Option(help="Numerical aperture.")] = None,
+    magnification: Annotated[float | None, typer.Option(help="To the camera.")] = None,
+    wavelength_um: Annotated[float | None, typer.Option(help="In vacuum, in µm.")] = None,
+    pixel_size_um: Annotated[float | None, typer.Option(help="In the specimen, in µm.")] = None,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Collect labelled z-stacks: PLAN on a microscope, or --from recorded files."""
+    from mm_autofocus.collecting import collect_plan, collect_recorded
+
+    optics = {
+        "na": na,
+        "magnification": magnification,
+        "wavelength_um": wavelength_um,
+        "pixel_size_um": pixel_size_um,
+    }
+    given = {key: value for key, value in optics.items() if value is not None}
+    sets = parse_sets(set_)
+    if from_:
+        files = [*from_, *([plan] if plan else []), *(more or [])]
+        collected = collect_recorded(
+            files, output, config=config, step_um=step_um, slide=slide, optics=given, sets=sets
+        )
+    else:
+        collected = collect_plan(
+            plan,
+            config,
+            output,
+            extra=more,
+            step_um=step_um,
+            slide=slide,
+            optics=given,
+            sets=sets,
+            as_json=json_,
+            debug=_state["debug"],
+        )
+    if json_:
+        _print_json(collected.to_json())
+    else:
+        typer.echo(collected.sentence())
+    raise typer.Exit(0 if collected.run is None else collected.run.exit_code)
+
+
 def parse_sets(pairs: list[str] | None) -> dict[str, Any]:
     """Read ``KEY=VALUE`` pairs; values are YAML, so that ``[0, 0, 64, 64]`` is a list."""
     values: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """``mm-autofocus demo``: the whole way on the virtual slide, without hardware.
 
-The only module outside of `sim` that imports it. The truth that the simulator knows is asked
+Beside `collecting`, the only module outside of `sim` that imports it. The truth is asked
 for after the run is over, to judge it.
 """
 

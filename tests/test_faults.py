@@ -187,7 +187,9 @@ def test_a_lost_focus_lock_says_so(core: Any) -> None:
     assert microscope_of(core).focus_lost
 
 
-def test_a_stage_that_does_not_follow_is_named(core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_does_not_follow_is_named(
+    core: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # no device of the virtual microscope lies like this: it accepts each move and stays
     monkeypatch.setattr(core, "setPosition", lambda *_: None)
     result = run(plan(stage_positions=[{"x": 0, "y": 0}]), core=core)

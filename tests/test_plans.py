@@ -20,6 +20,7 @@ EXPECTED = {
     "time_lapse.yaml": (12, 4, (6, 1, 1)),
     "slide_grid.yaml": (9, 9, (1, 1, 1)),
     "reference_channel.yaml": (4, 2, (1, 2, 1)),
+    "collect_stacks.yaml": (63, 3, (1, 1, 21)),
 }
 
 
