@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from mm_autofocus.config import close_core, open_core
 from mm_autofocus.errors import InputError
 from mm_autofocus.settings import parse_settings
 from mm_autofocus.shown import run_shown
-from mm_autofocus.training.collect import Collected, Collection, measure_of
+from mm_autofocus.training.collect import Collected, Collection, StackTruth, measure_of
 from mm_autofocus.training.recorded import add_recorded
 
 __all__ = ["collect_plan", "collect_recorded"]
@@ -48,11 +49,9 @@ def collect_plan(
     collection = Collection(plan, output, slide=slide, optics=optics, settings=sets)
     core = open_core(config)
     try:
-        from mm_autofocus.sim.stack_truth import truth_of
-
         return collection.run(
             core,
-            truth=truth_of(core),
+            truth=_truth(core),
             run=partial(_shown, as_json=as_json, debug=debug),
         )
     finally:
@@ -91,6 +90,15 @@ def collect_recorded(
         measure=measure_of(settings),
     )
     return Collected(dataset, new)
+
+
+def _truth(core: Any) -> StackTruth | None:
+    """What the simulator knows, if the configuration has just loaded it; else nothing."""
+    if "mm_autofocus.sim.devices" not in sys.modules:
+        return None  # a real microscope: the simulator is not even imported
+    from mm_autofocus.sim.stack_truth import truth_of
+
+    return truth_of(core)
 
 
 def _shown(sequence: Any, *, core: Any, output: Path, **options: Any) -> Any:

@@ -28,13 +28,15 @@ def test_the_commands_run_in_their_order(
 ) -> None:
     shutil.copytree(PLANS, tmp_path / "acquisition_plans")
     monkeypatch.chdir(tmp_path)
-    for line in block("run: commands").splitlines():
+    lines = [*block("run: commands").splitlines(), *block("run: collect").splitlines()]
+    for line in lines:
         program, *args = shlex.split(line)
         assert program == "mm-autofocus"
         with pytest.raises(SystemExit) as e:
             cli.main(args)
         assert e.value.code in (0, None), line
     assert (tmp_path / "run.html").stat().st_size > 10_000
+    assert (tmp_path / "dataset" / "dataset.json").is_file()
     assert "3 searches, 0 to distrust" in capsys.readouterr().out
 
 
