@@ -60,6 +60,17 @@ def test_import_is_light_and_configures_no_logger() -> None:
     assert after["handlers"] == 0
 
 
+def test_collecting_on_a_microscope_does_not_load_the_simulator() -> None:
+    after = _modules_after(
+        "from mm_autofocus.config import close_core, open_core\n"
+        "from mm_autofocus.collecting import _truth\n"
+        "core = open_core('demo_camera.cfg')\n"
+        "assert _truth(core) is None\n"
+        "close_core(core)"
+    )
+    assert "mm_autofocus.sim" not in after["modules"]  # type: ignore[operator]
+
+
 def test_an_acquisition_loads_no_torch_no_plots_and_no_simulator() -> None:
     after = _modules_after("from mm_autofocus import AutofocusEngine, run, OmeTiffSink")
     assert not after["modules"] & set(HEAVY)  # type: ignore[operator]
