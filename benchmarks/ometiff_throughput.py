@@ -33,8 +33,11 @@ from mm_autofocus.ometiff.layout import lay_out
 from mm_autofocus.ometiff.model import ome_xml
 from pymmcore_plus.mda._sink import OmeWritersSink
 
+from _results import write_section
+
 CASES = {
-    "2048² uint16": ((2048, 2048), "uint16", 120),
+    "2048² uint16": ((2048, 2048), "uint16", 400),
+    "2048² uint16, a short run": ((2048, 2048), "uint16", 120),
     "2048² RGB uint8": ((2048, 2048, 3), "uint8", 80),
     "512² uint16": ((512, 512), "uint16", 1000),
 }
@@ -153,6 +156,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to be measured")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="a quarter of the frames")
+    parser.add_argument(
+        "--write", action="store_true", help="replace the section in RESULTS.md"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # the stock sink warns about RGB
     logging.disable(logging.WARNING)  # ours, that the disk is slow
@@ -162,8 +168,12 @@ def main() -> None:
     if options.json:
         print(json.dumps({"machine": platform.platform(), "throughput": rows, "xml": xml}))
         return
-    print("| frames | ours, frames/s | pymmcore-plus, frames/s | ratio (min … max) |")
-    print("|---|---|---|---|")
+    lines = [
+        f"From `setup` to the end of `close`, {options.repeats} pairs, files in memory, so that "
+        "the disk does not decide; the median, and in brackets the least and the most.\n",
+        "| frames | ours, frames/s | pymmcore-plus, frames/s | ratio (min … max) |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
         cells = [f"{row['frames']} × {row['case']}"]
         for who in ("ours", "stock"):
@@ -171,8 +181,15 @@ def main() -> None:
             cells.append(f"{row[f'{who}_frames_per_s']:.0f} ({low:.0f} … {high:.0f})")
         low, high = row["ratio_spread"]
         cells.append(f"{row['ratio']:.2f} ({low:.2f} … {high:.2f})")
-        print(f"| {' | '.join(cells)} |")
-    print(f"\nOME-XML of {xml['planes']} planes: {xml['seconds']:.1f} s, {xml['mb']:.1f} MB.")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(
+        "\nA file costs 15 ms more than that of the stock output, once: the OME-XML is written "
+        "at its beginning, too, so that a killed run leaves a valid file. "
+        f"OME-XML of {xml['planes']} planes: {xml['seconds']:.1f} s, {xml['mb']:.1f} MB."
+    )
+    print("\n".join(lines))
+    if options.write:
+        write_section("ometiff", "Writing OME-TIFF", "\n".join(lines))
 
 
 if __name__ == "__main__":
