@@ -169,8 +169,8 @@ def main() -> None:
         print(json.dumps({"machine": platform.platform(), "throughput": rows, "xml": xml}))
         return
     lines = [
-        f"From `setup` to the end of `close`, {options.repeats} pairs, files in memory, so that "
-        "the disk does not decide; the median, and in brackets the least and the most.\n",
+        f"From `setup` to the end of `close`, {options.repeats} pairs, files in memory, so "
+        "that the disk does not decide; the median, and in brackets least and most.\n",
         "| frames | ours, frames/s | pymmcore-plus, frames/s | ratio (min … max) |",
         "|---|---|---|---|",
     ]
