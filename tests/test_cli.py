@@ -346,7 +346,7 @@ def test_a_killed_run_is_mended_by_inspect(
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while (
-        not (file.exists() and file.stat().st_size > 3_000_000) and time.monotonic() < deadline
+        not (file.exists() and file.stat().st_size > 6_000_000) and time.monotonic() < deadline
     ):
         time.sleep(0.02)
     process.kill()

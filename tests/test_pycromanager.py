@@ -107,6 +107,11 @@ def operator():
 
 
 done["pause"] = run("e", pausing, events([8.0]), mode="Noise", during=operator)
+aborting = autofocus_hook({**AF, "on_failure": "abort"})
+done["abort"] = run("f", aborting, events([8.0, -6.0]), mode="Noise")
+cancelled = autofocus_hook(AF)
+cancelled.cancel()
+done["cancel"] = run("g", cancelled, events([8.0]))
 # pycro-manager 1.0 cannot acquire from RGB cameras on this backend; looks can be taken
 core.set_property("Camera", "PixelType", "32bitRGB")
 core.set_property("Camera", "Mode", "Color Test Pattern")
@@ -152,6 +157,9 @@ def test_policies(done: dict[str, Any]) -> None:
     assert (done["skip"]["z"], done["skip"]["images"]) == ([], 0)
     assert done["pause"]["searches"] == ["failed", "ok"]
     assert done["pause"]["z"] == pytest.approx([0.0], abs=1)
+    # an exception in a hook aborts the acquisition: the second position is never visited
+    assert (done["abort"]["searches"], done["abort"]["images"]) == (["failed"], 0)
+    assert (done["cancel"]["searches"], done["cancel"]["images"]) == ([], 0)
 
 
 def test_a_look_of_an_rgb_camera_has_its_shape(core: CMMCorePlus, done: dict[str, Any]) -> None:

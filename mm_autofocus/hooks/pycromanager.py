@@ -124,7 +124,10 @@ class AutofocusHook:
         self._resume.set()
 
     def cancel(self) -> None:
-        """End the present search before its next look; the stage goes back to its start."""
+        """End the present search before its next look, and let no image be taken any more.
+
+        The stage goes back to where the search began.
+        """
         self._cancel.set()
         self._resume.set()
 
@@ -141,6 +144,8 @@ class AutofocusHook:
         dict or list of dict or None
             None leaves the images out (``on_failure: skip``, or cancelled).
         """
+        if self._cancel.is_set():
+            return None  # pycro-manager still brings the event that it had ready
         parts = event if isinstance(event, list) else [event]
         rig, ledger = self._open()
         _check_sequence(parts)
@@ -232,6 +237,7 @@ class AutofocusHook:
         if policy == "skip":
             ledger.leave_out(place)
         elif policy == "abort":
+            self.cancel()
             raise FocusFailedError(what)
         elif policy == "pause":
             self._resume.clear()
