@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
-from mm_autofocus.metrics import FocusMeasure, brenner
+from mm_autofocus.measure import FocusMeasure
+from mm_autofocus.metrics import brenner
 
 from _results import write_section
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mm_autofocus import metrics
 from mm_autofocus.errors import InputError
-from mm_autofocus.metrics import FocusMeasure, compare_tiles, noise_variance
+from mm_autofocus.measure import FocusMeasure, compare_tiles, noise_variance
 from mm_autofocus.registry import METRICS
 from mm_autofocus.replay import load_stack
 from mm_autofocus.settings import AutofocusSettings, MetricOptions, parse_settings

@@ -11,12 +11,9 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import useq
 from pymmcore_plus.core._sequencing import SequencedEvent
@@ -24,28 +21,27 @@ from pymmcore_plus.mda import MDAEngine, SkipEvent
 
 from mm_autofocus.drive import drive, way_to
 from mm_autofocus.errors import CancelledError, FocusFailedError, HardwareError
-from mm_autofocus.hooks.checks import check_plan, stage_limits_um
-from mm_autofocus.hooks.ledger import Ledger, Place
-from mm_autofocus.hooks.rig import CoreRig
+from mm_autofocus.hooks.ledger import Place
+from mm_autofocus.hooks.running import (
+    FrameSink,
+    Run,
+    complaints_of_host,
+    is_image,
+    parts_of,
+)
 from mm_autofocus.hooks.signals import FocusSignals
 from mm_autofocus.hooks.thumbnail import detail_at, thumbnail_png
 from mm_autofocus.plan import (
-    autofocus_plans,
     fresh,
-    planned_home_um,
-    position_of,
     settings_of,
-    z_offsets_um,
 )
-from mm_autofocus.strategies.escalate import build_strategy
-from mm_autofocus.types import FocusRequest, FocusResult, Look, Strategy
+from mm_autofocus.types import FocusRequest, FocusResult, Look
 
 if TYPE_CHECKING:
     from pymmcore_plus import CMMCorePlus
     from pymmcore_plus.mda._protocol import PImagePayload
     from pymmcore_plus.metadata import SummaryMetaV1
 
-    from mm_autofocus.settings import AutofocusSettings
 
 __all__ = ["AutofocusEngine", "FrameSink"]
 
@@ -54,45 +50,6 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.02
 # A stage that is so far from where it was sent did not go there; encoders err by far less.
 _XY_OFF_UM = 10.0
-
-
-class FrameSink(Protocol):
-    """Where the frames go; `ometiff.OmeTiffSink` is one."""
-
-    def setup(self, sequence: useq.MDASequence, meta: Any, **context: Any) -> None:
-        """Prepare for the frames of `sequence`."""
-        ...
-
-    def append(self, img: Any, event: useq.MDAEvent, meta: Any) -> None:
-        """Take one frame; may block, so that a slow disk slows the acquisition."""
-        ...
-
-    def skip(
-        self, event: useq.MDAEvent | None = None, *, frames: int = 1, record: Any = None
-    ) -> None:
-        """Note frames that will not come."""
-        ...
-
-    def close(self) -> None:
-        """Finish the file."""
-        ...
-
-
-@dataclass(slots=True)
-class _Run:
-    """What the engine holds during one run of a plan with autofocus."""
-
-    sequence: useq.MDASequence
-    settings: AutofocusSettings
-    strategy: Strategy | None  # None: only the hardware's own
-    rig: CoreRig
-    ledger: Ledger
-    refocus_within_visit: bool
-    continuous_focus_was_on: bool = False
-    started_s: float = field(default_factory=time.perf_counter)
-
-    def now_s(self) -> float:
-        return time.perf_counter() - self.started_s
 
 
 class AutofocusEngine(MDAEngine):
@@ -131,7 +88,7 @@ class AutofocusEngine(MDAEngine):
         self.missing = 0
         self.closing_error: Exception | None = None
         self.records: list[dict[str, Any]] = []
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
     # ------------------------------------------------------ the host's protocol
 
@@ -148,7 +105,9 @@ class AutofocusEngine(MDAEngine):
         self.frames = self.missing = 0
         self.records = []
         settings = settings_of(sequence)
-        run = None if settings is None else self._prepare(sequence, settings)
+        run = None if settings is None else Run.prepare(self.mmcore, sequence, settings)
+        if run is not None:
+            self.records = run.ledger.records
         meta = super().setup_sequence(sequence)
         if self.sink is not None:
             self.sink.setup(
@@ -182,14 +141,14 @@ class AutofocusEngine(MDAEngine):
         if run is None:
             super().setup_event(event)
             return
-        place = self._place(event)
+        place = run.place(event)
         if isinstance(event.action, useq.HardwareAutofocus):
             if run.ledger.due(place, again=run.refocus_within_visit):
                 request = run.ledger.request(place, self.mmcore.getPixelSizeUm())
                 self._set_up(event.model_copy(update={"z_pos": request.z_start_um}))
             return
-        if _is_image(event) and run.ledger.skipped(place):
-            parts = _parts(event)
+        if is_image(event) and run.ledger.skipped(place):
+            parts = parts_of(event)
             if self.sink is not None:
                 for part in parts:
                     self.sink.skip(part, record=run.ledger.frame_record(place, run.now_s()))
@@ -213,7 +172,7 @@ class AutofocusEngine(MDAEngine):
             here = run.rig.position_um()
             way = way_to(event.z_pos, here, run.settings.backlash_um, limits)
             event = event.model_copy(update={"z_pos": way[0] if way else None})
-        with _complaints() as complaints:
+        with complaints_of_host() as complaints:
             super().setup_event(event)
         if complaints:
             raise HardwareError(complaints[0])
@@ -235,7 +194,7 @@ class AutofocusEngine(MDAEngine):
         """Focus, or take the event's frames."""
         run = self._run
         if run is not None and isinstance(event.action, useq.HardwareAutofocus):
-            place = self._place(event)
+            place = run.place(event)
             if run.ledger.due(place, again=run.refocus_within_visit):
                 self._focus(run, event, place)
             return ()
@@ -266,7 +225,7 @@ class AutofocusEngine(MDAEngine):
         """Pass the stock engine's frames on, each with its record, and to the sink."""
         # a generator in the stock engine; the runner steers it through this one
         frames = cast("Generator[Any, Any, None]", stock)
-        parts = _parts(event)
+        parts = parts_of(event)
         seen = 0
         signal: Any = None
         try:
@@ -280,7 +239,7 @@ class AutofocusEngine(MDAEngine):
                 signal = yield payload
         except StopIteration:
             pass
-        if not seen and _is_image(event):
+        if not seen and is_image(event):
             # the stock engine logs a failed exposure and goes on without a frame
             self.missing += len(parts)
 
@@ -290,7 +249,7 @@ class AutofocusEngine(MDAEngine):
         run = self._run
         if run is not None:
             extended: dict[str, Any] = meta  # type: ignore[assignment]
-            place = self._place(event)
+            place = run.place(event)
             record = run.ledger.frame_record(place, run.now_s())
             if record is not None:
                 extended["mm_autofocus"] = record
@@ -306,73 +265,6 @@ class AutofocusEngine(MDAEngine):
 
     # ------------------------------------------------------------------- focus
 
-    def _prepare(self, sequence: useq.MDASequence, settings: AutofocusSettings) -> _Run:
-        """Check everything that can be checked, and build the strategy; move nothing."""
-        core = self.mmcore
-        check_plan(core, sequence, settings)
-        rig = CoreRig(core, settings)
-        ledger = Ledger(
-            settings,
-            z_run_start_um=rig.position_um(),
-            offsets_um=z_offsets_um(sequence),
-            stage_limits_um=stage_limits_um(core),
-        )
-        for i, position in enumerate(sequence.stage_positions):
-            if position.z is not None:
-                ledger.check_home(position.z, f"stage_positions[{i}]")
-        if not sequence.stage_positions or any(p.z is None for p in sequence.stage_positions):
-            ledger.check_home(ledger.z_run_start_um, "the focus stage stands where it may not")
-        if any(c.z_offset for c in sequence.channels) and sequence.z_plan is None:
-            logger.warning(
-                "channels have a z_offset, but the plan has no z_plan: useq ignores the "
-                "offset; add z_plan: {relative: [0]}"
-            )
-        axes = {axis for plan in autofocus_plans(sequence) for axis in plan.axes}
-        if len(sequence.stage_positions) > 1 and axes <= {"t"}:
-            logger.warning(
-                "autofocus_plan.axes: %s focuses only the first of %d positions at each time "
-                "point; use [t, p] to focus each",
-                sorted(axes),
-                len(sequence.stage_positions),
-            )
-        run = _Run(
-            sequence,
-            settings,
-            build_strategy(settings),
-            rig,
-            ledger,
-            refocus_within_visit=bool(axes & {"c", "z"}),
-        )
-        self.records = ledger.records
-        if settings.strategy != "hardware" and core.isContinuousFocusEnabled():
-            logger.warning(
-                "continuous focus of %r is switched off during the run: it would fight the "
-                "software autofocus",
-                core.getAutoFocusDevice(),
-            )
-            core.enableContinuousFocus(False)
-            run.continuous_focus_was_on = True
-        return run
-
-    def _place(self, event: useq.MDAEvent) -> Place:
-        assert self._run is not None
-        sequence, core = self._run.sequence, self.mmcore
-        event = _parts(event)[0]  # a hardware sequence itself has no index
-        index = {str(k): int(v) for k, v in event.index.items()}
-        x_um, y_um = event.x_pos, event.y_pos
-        if (x_um is None or y_um is None) and core.getXYStageDevice():
-            here = core.getXYPosition()
-            x_um = here[0] if x_um is None else x_um
-            y_um = here[1] if y_um is None else y_um
-        position = position_of(event, sequence)
-        name = event.pos_name or (position.name if position is not None else None)
-        if not name:
-            name = f"p{index.get('p', 0):03d}"
-        if "g" in index:
-            name += f" g{index['g']:03d}"
-        home = planned_home_um(event, sequence)
-        return Place(index, home, x_um or 0.0, y_um or 0.0, name)
-
     def _shifted(self, event: useq.MDAEvent, place: Place) -> useq.MDAEvent:
         """The event with its z, or its sequence of z, moved by the correction."""
         assert self._run is not None
@@ -382,7 +274,7 @@ class AutofocusEngine(MDAEngine):
             update["z_sequence"] = tuple(ledger.target_um(place, z) for z in event.z_sequence)
         return event.model_copy(update=update)
 
-    def _focus(self, run: _Run, event: useq.MDAEvent, place: Place) -> None:
+    def _focus(self, run: Run, event: useq.MDAEvent, place: Place) -> None:
         """Focus one place, write it down, and follow the policy if it fails."""
         try:
             record = self._try(run, event, place)
@@ -417,13 +309,13 @@ class AutofocusEngine(MDAEngine):
             self.signals.finished.emit(record)
             raise
 
-    def _leave_record(self, run: _Run, event: useq.MDAEvent, place: Place) -> None:
+    def _leave_record(self, run: Run, event: useq.MDAEvent, place: Place) -> None:
         """Let the file say why a tile has no frame: the run ends before one is taken."""
         if self.sink is not None and self.frames:
             self.sink.skip(event, record=run.ledger.frame_record(place, run.now_s()))
 
     def _try(
-        self, run: _Run, event: useq.MDAEvent, place: Place, *, from_here: bool = False
+        self, run: Run, event: useq.MDAEvent, place: Place, *, from_here: bool = False
     ) -> dict[str, Any]:
         core = self.mmcore
         z_before = run.rig.position_um()
@@ -459,7 +351,7 @@ class AutofocusEngine(MDAEngine):
 
     def _search(
         self,
-        run: _Run,
+        run: Run,
         event: useq.MDAEvent,
         request: FocusRequest,
         on_look: Callable[[Look], None],
@@ -501,32 +393,3 @@ class AutofocusEngine(MDAEngine):
 def _thumbnail(look: Look) -> dict[str, Any]:
     at = detail_at(look.image)
     return {"thumbnail": thumbnail_png(look.image, at), "thumbnail_xy": list(at)}
-
-
-@contextmanager
-def _complaints() -> Iterator[list[str]]:
-    """Collect what the stock engine complains of in this thread."""
-    complaints: list[str] = []
-    thread = threading.get_ident()
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.thread == thread:
-                complaints.append(record.getMessage())
-
-    host = logging.getLogger("pymmcore-plus")
-    listener = Listener(logging.WARNING)
-    host.addHandler(listener)
-    try:
-        yield complaints
-    finally:
-        host.removeHandler(listener)
-
-
-def _is_image(event: useq.MDAEvent) -> bool:
-    return isinstance(event.action, useq.AcquireImage | None)
-
-
-def _parts(event: useq.MDAEvent) -> tuple[useq.MDAEvent, ...]:
-    """The single events of an event that may be hardware-sequenced."""
-    return event.events if isinstance(event, SequencedEvent) else (event,)

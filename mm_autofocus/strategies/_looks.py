@@ -2,7 +2,7 @@
 
 A search that knows the scores alone takes the highest of a blank field for its focus.
 Here each look keeps the scores of its tiles, so that a rise from one look to another can
-be compared with the noise of both, measured from them (see `metrics.compare_tiles`).
+be compared with the noise of both, measured from them (see `measure.compare_tiles`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm_autofocus.metrics import FocusMeasure, compare_tiles, noise_of_tiles
+from mm_autofocus.measure import FocusMeasure, compare_tiles, noise_of_tiles
 from mm_autofocus.types import FocusRequest, FocusResult, Look, Looking
 
 if TYPE_CHECKING:

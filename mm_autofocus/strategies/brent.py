@@ -6,7 +6,7 @@ import math
 from collections.abc import Generator
 from typing import Final
 
-from mm_autofocus.metrics import FocusMeasure
+from mm_autofocus.measure import FocusMeasure
 from mm_autofocus.settings import AutofocusSettings
 from mm_autofocus.strategies._looks import ScoredLooks
 from mm_autofocus.types import FocusRequest, Looking

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from mm_autofocus.metrics import FocusMeasure
+from mm_autofocus.measure import FocusMeasure
 from mm_autofocus.settings import AutofocusSettings
 from mm_autofocus.strategies._looks import ScoredLooks, vertex
 from mm_autofocus.types import FocusRequest, Looking

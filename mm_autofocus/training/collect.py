@@ -24,7 +24,7 @@ from mm_autofocus.api import run as run_plan
 from mm_autofocus.errors import InputError
 from mm_autofocus.hooks.checks import check_plan
 from mm_autofocus.hooks.pymmcore import AutofocusEngine, FrameSink
-from mm_autofocus.metrics import FocusMeasure
+from mm_autofocus.measure import FocusMeasure
 from mm_autofocus.ometiff.files import Naming
 from mm_autofocus.plan import PlanLike, load_plan, settings_of
 from mm_autofocus.settings import AutofocusSettings

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.signal import find_peaks
 
 from mm_autofocus.errors import InputError
-from mm_autofocus.metrics import FocusMeasure, compare_tiles, noise_variance
+from mm_autofocus.measure import FocusMeasure, compare_tiles, noise_variance
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -66,7 +66,7 @@ class Label:
         ``(peak - baseline) / peak`` of the focus curve, 0 … 1.
     significance : float
         By how many standard deviations the sharpest plane exceeds the blurred ends, by
-        `mm_autofocus.metrics.compare_tiles`; at most 1000.
+        `mm_autofocus.measure.compare_tiles`; at most 1000.
     width_um : float | None
         Full width of the peak at half its height over the baseline.
     planes_below, planes_above : int

@@ -13,7 +13,7 @@ import numpy as np
 import tifffile
 
 from mm_autofocus.errors import InputError
-from mm_autofocus.metrics import FocusMeasure
+from mm_autofocus.measure import FocusMeasure
 from mm_autofocus.ometiff.recovery import open_tiff
 from mm_autofocus.replay import load_stack
 from mm_autofocus.training.dataset import Dataset

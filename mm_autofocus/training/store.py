@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_autofocus.errors import InputError
-from mm_autofocus.metrics import FocusMeasure
+from mm_autofocus.measure import FocusMeasure
 from mm_autofocus.ometiff import read_info, repair
 from mm_autofocus.ometiff.recovery import open_tiff
 from mm_autofocus.training.dataset import (
