@@ -161,7 +161,7 @@ def run_demo(
         document |= {"report": str(report), "stage_time_s": took_s, **verdict}
         sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     else:
-        _tell(rows, verdict, took_s, report)
+        _tell(rows, verdict, took_s, report, real_time=real_time)
     return result.exit_code
 
 
@@ -216,19 +216,26 @@ def _tell(
     verdict: dict[str, Any],
     took_s: float,
     report: Path,
+    *,
+    real_time: bool,
 ) -> None:
     console = make_console()
     console.print(tile_table(rows, _DEMO_COLUMNS))
     tiles_per_slide = (_SLIDE_MM * 1000 / (512 * 0.325)) ** 2
     each_s = took_s / max(len(rows), 1)
     minutes = tiles_per_slide * each_s / 60
+    what = (
+        "in real time, the rendering by this computer included,"
+        if real_time
+        else "stage and camera would take"
+    )
     for line in (
         f"simulated: {verdict['within_half_dof']} of {verdict['non_blank']} tiles with "
         f"specimen within half a depth of field of the truth, {verdict['within_dof']} within "
         "one",
         f"simulated: {verdict['blank_reported']} of {verdict['blank']} blank tiles reported as "
         f"not focused, {verdict['false_ok']} false ok",
-        f"stage and camera would take {each_s:.2f} s a tile: {minutes:.0f} minutes for "
+        f"{what} {each_s:.2f} s a tile: {minutes:.0f} minutes for "
         f"{_SLIDE_MM:g} × {_SLIDE_MM:g} mm at 20×",
         f"report: {report}",
     ):
