@@ -9,11 +9,13 @@ pages committed so far.
 from __future__ import annotations
 
 import errno
+import functools
 import importlib.util
 import io
 import math
 import os
 import struct
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -191,7 +193,7 @@ class PageWriter:
         """
         options: dict[str, Any] = {"description": description}
         if pixel_size_um:
-            options["resolution"] = (1e4 / pixel_size_um, 1e4 / pixel_size_um)
+            options["resolution"] = (_per_cm(pixel_size_um),) * 2
             options["resolutionunit"] = "CENTIMETER"
         return self._append(image, image.shape, image.dtype, tag, **options)
 
@@ -258,6 +260,15 @@ class PageWriter:
         if self.is_open:
             self._tiff.close()
             self._file.close()
+
+
+@functools.cache
+def _per_cm(pixel_size_um: float) -> tuple[int, int]:
+    """Pixels per centimetre as a fraction; tifffile would work it out for each page."""
+    exact = Fraction(1e4 / pixel_size_um)
+    most = 2**32 - 1  # both are 32-bit numbers in the file
+    near = exact.limit_denominator(max(1, min(most, int(most / exact))))
+    return near.numerator, near.denominator
 
 
 def overwrite_description(path: Path, xml: bytes) -> None:
