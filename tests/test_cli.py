@@ -173,6 +173,7 @@ MISTAKES: dict[str, tuple[Any, tuple[str, ...], str]] = {
     ),
     "no camera": (plan(), ("run", "PLAN", "--config", "NOCAM", "-o", "OUT"), "no camera"),
     "no focus device": (plan(), ("run", "PLAN", "--config", "NOZ", "-o", "OUT"), "no focus stage"),
+    "no XY stage": (plan(), ("run", "PLAN", "--config", "NOXY", "-o", "OUT"), "no XY stage"),
     "output exists": (plan(), ("run", "PLAN", "--config", "demo_camera.cfg", "-o", "THERE"), "exists"),
     "output folder missing": (
         plan(), ("run", "PLAN", "--config", "demo_camera.cfg", "-o", "NOFOLDER"), "does not exist"
@@ -237,6 +238,10 @@ def test_a_mistake_is_exit_code_2_and_leaves_nothing(
             "\n".join(line for line in demo.splitlines() if ",Camera" not in line),
         ),
         "NOZ": write(inputs / "noz.cfg", demo.replace("Property,Core,Focus,Z", "")),
+        "NOXY": write(
+            inputs / "noxy.cfg",
+            "\n".join(line for line in demo.splitlines() if ",XY" not in line),
+        ),
         "TEXT": write(inputs / "text.tif", "not a picture"),
         "TWO": inputs / "two.tif",
         "FLAT": inputs / "flat.tif",

@@ -91,9 +91,22 @@ def check_plan(
         _check_properties(core, getattr(p, "properties", None))
     if sequence.setup is not None:
         _check_properties(core, sequence.setup.properties)
-    if settings is None:
-        return
-    check_looks(core, settings)
+    if settings is not None:
+        check_looks(core, settings)
+        _check_autofocus(core, sequence, settings)
+
+
+def _check_autofocus(
+    core: Any, sequence: useq.MDASequence, settings: AutofocusSettings
+) -> None:
+    """Check when a plan focuses, and whether its z fits with that."""
+    subs = [p.sequence for p in sequence.stage_positions if p.sequence is not None]
+    moves = any(p.x is not None or p.y is not None for p in sequence.stage_positions)
+    if (moves or sequence.grid_plan is not None) and not core.getXYStageDevice():
+        raise InputError(
+            "the plan moves in x and y, and the configuration has no XY stage "
+            "(Core, XYStage is not set)"
+        )
     plans = list(autofocus_plans(sequence))
     if not plans:
         raise InputError(
