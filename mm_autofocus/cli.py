@@ -35,7 +35,7 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting (repeatable)."),
 ]
 StrategyName = Annotated[str | None, typer.Option(help="Replace the plan's strategy.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace an existing output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
 def _version(show: bool) -> None:
@@ -46,7 +46,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _main(
-    debug: Annotated[bool, typer.Option(help="Show tracebacks and log messages.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and log messages.")
+    ] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
@@ -87,7 +89,9 @@ def run(
     strategy: StrategyName = None,
     set_: Sets = None,
     overwrite: Overwrite = False,
-    split_positions: Annotated[bool, typer.Option(help="One file per position.")] = False,
+    split_positions: Annotated[
+        bool, typer.Option("--split-positions", help="One file per position.")
+    ] = False,
     compression: Annotated[str | None, typer.Option(help="zlib, lzw or zstd.")] = None,
     json_: Json = False,
 ) -> None:
@@ -120,7 +124,7 @@ def run(
 def inspect(
     file: Annotated[Path, typer.Argument(help="An OME-TIFF written by mm-autofocus.")],
     repair: Annotated[
-        bool, typer.Option(help="Mend the file of a run that was killed, in place.")
+        bool, typer.Option("--repair", help="Mend the file of a run that was killed, in place.")
     ] = False,
     json_: Json = False,
 ) -> None:
@@ -290,6 +294,10 @@ def _print_json(document: Any, indent: int | None = 2) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script; never returns."""
+    args = list(sys.argv[1:] if args is None else args)
+    if "--debug" in args:  # wherever it was put
+        args.remove("--debug")
+        args.insert(0, "--debug")
     try:
         app(args=args, prog_name="mm-autofocus")
     except AutofocusError as e:

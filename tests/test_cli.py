@@ -269,7 +269,7 @@ def test_a_mistake_is_exit_code_2_and_leaves_nothing(
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no such file"):
-        cli.main(["--debug", "inspect", str(tmp_path / "nope.ome.tiff")])
+        cli.main(["inspect", str(tmp_path / "nope.ome.tiff"), "--debug"])
     cli._state["debug"] = False
 
 
