@@ -183,8 +183,8 @@ def main() -> None:
         cells.append(f"{row['ratio']:.2f} ({low:.2f} … {high:.2f})")
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
-        "\nA file costs 15 ms more than that of the stock output, once: the OME-XML is written "
-        "at its beginning, too, so that a killed run leaves a valid file. "
+        "\nThe stock output hands each frame to a queue without a bound; ours waits when "
+        "256 MiB are queued. "
         f"OME-XML of {xml['planes']} planes: {xml['seconds']:.1f} s, {xml['mb']:.1f} MB."
     )
     print("\n".join(lines))

@@ -43,8 +43,6 @@ class FileFacts:
 
     Attributes
     ----------
-    incomplete : bool
-        The file is still being written, or its writer was killed.
     repaired : str
         When it was repaired, ISO 8601; "" if it never was.
     error : str
@@ -54,7 +52,6 @@ class FileFacts:
         the pages keep it.
     """
 
-    incomplete: bool = False
     repaired: str = ""
     error: str = ""
     brief: bool = False
@@ -217,13 +214,7 @@ def _file_annotations(
     if header.settings is not None:
         settings = {**header.settings, "json": to_json(header.settings)}
         notes.append(_map("Annotation:settings", f"{NAMESPACE}.settings", settings))
-    if header.summary is not None and not (facts.brief or facts.incomplete):
+    if header.summary is not None and not facts.brief:
         content = {"summary_metadata_json": to_json(header.summary)}
         notes.append(_map("Annotation:summary", "pymmcore_plus", content))
-    if facts.incomplete:
-        content = {
-            "note": "This file was not closed: only its first frame is described here. "
-            "`mm-autofocus inspect --repair` completes it from its own pages."
-        }
-        notes.append(_map("Annotation:incomplete", f"{NAMESPACE}.incomplete", content))
     return notes

@@ -12,10 +12,11 @@ from typing import Any
 import numpy.typing as npt
 
 from mm_autofocus.ometiff.annotations import FileFacts
-from mm_autofocus.ometiff.finish import finish, first_description, page_tag
+from mm_autofocus.ometiff.finish import finish, page_tag
 from mm_autofocus.ometiff.frames import Focus, FrameRecord, Header
 from mm_autofocus.ometiff.layout import Plan
 from mm_autofocus.ometiff.pages import PageWriter
+from mm_autofocus.ometiff.preliminary import first_description
 
 __all__ = ["SUFFIXES", "FileSet", "Naming"]
 

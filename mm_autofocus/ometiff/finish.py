@@ -12,13 +12,9 @@ from mm_autofocus.ometiff.layout import ImageLayout, Plan, lay_out
 from mm_autofocus.ometiff.model import ome_xml
 from mm_autofocus.ometiff.pages import PageWriter, overwrite_description
 
-__all__ = ["finish", "first_description", "page_tag"]
+__all__ = ["finish", "page_tag"]
 
 logger = logging.getLogger(__name__)
-
-_BYTES_PER_PLANE = 420
-_BYTES_PER_FILE = 16 * 1024
-_MOST_RESERVED = 32 * 2**20
 
 
 def page_tag(
@@ -50,31 +46,6 @@ def page_tag(
     if skipped:
         content["skipped"] = [s.to_dict() for s in skipped]
     return to_json(content)
-
-
-def first_description(header: Header, first: FrameRecord, planes: int | None) -> bytes:
-    """OME-XML while the file is being written: it describes the first frame only.
-
-    It is as long as the final one will probably be, so that this fits in its place and
-    a file can be closed even when the disk is full.
-
-    Parameters
-    ----------
-    header : Header
-        Of the file.
-    first : FrameRecord
-        The first frame; its page is 0.
-    planes : int | None
-        Planned in this file, if known.
-    """
-    facts = FileFacts(incomplete=True)
-    alone = FrameRecord.from_dict(first.to_dict())
-    alone.index = {k: v for k, v in first.index.items() if k in ("p", "g")}
-    alone.shape, alone.dtype = first.shape, first.dtype
-    alone.page = alone.tag_page = 0
-    more = _BYTES_PER_PLANE * (planes or 100) + len(to_json(header.summary))
-    more += len(to_json(header.plan)) + len(to_json(header.settings)) + _BYTES_PER_FILE
-    return ome_xml(header, lay_out([alone]), {}, facts, at_least=min(more, _MOST_RESERVED))
 
 
 def finish(

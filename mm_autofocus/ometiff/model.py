@@ -28,7 +28,6 @@ from mm_autofocus.ometiff.pages import DTYPES
 __all__ = ["ome_xml"]
 
 _DECLARATION = b'<?xml version="1.0" encoding="UTF-8"?>\n'
-_END = "</OME>"
 _PIXELS_END = "</Pixels>"
 
 Blanks = Mapping[ImageKey, int]
@@ -40,8 +39,6 @@ def ome_xml(
     images: Sequence[ImageLayout],
     blanks: Blanks,
     facts: FileFacts,
-    *,
-    at_least: int = 0,
 ) -> bytes:
     """Build the OME-XML.
 
@@ -56,8 +53,6 @@ def ome_xml(
         readers fill it with zeros themselves.
     facts : FileFacts
         What to say of the file.
-    at_least : int
-        White space before the end makes the text so many bytes long.
 
     Returns
     -------
@@ -70,9 +65,7 @@ def ome_xml(
     parts = [before]
     for i, (image, rest) in enumerate(zip(images, after, strict=True)):
         parts += [*_planes(i, image, blanks, links), _PIXELS_END, rest]
-    parts[-1] = parts[-1].removesuffix(_END)
-    xml = _DECLARATION + "".join(parts).encode("utf-8")
-    return xml + b" " * (at_least - len(xml) - len(_END)) + _END.encode("ascii")
+    return _DECLARATION + "".join(parts).encode("utf-8")
 
 
 def _model(
@@ -98,11 +91,10 @@ def _model(
             known["instrument_ref"] = ome.InstrumentRef(id="Instrument:0")
         if objective:
             known["objective_settings"] = _objective_settings(header)
-        suffix = " (incomplete: see mm-autofocus inspect --repair)" if facts.incomplete else ""
         ome_images.append(
             ome.Image(
                 id=f"Image:{i}",
-                name=text(image.name) + suffix,
+                name=text(image.name),
                 acquisition_date=datetime.fromisoformat(header.created),
                 pixels=_pixels(i, image, header, detectors),
                 annotation_refs=[ome.AnnotationRef(id=ref) for ref in links.of_image(i, image)],
