@@ -196,3 +196,58 @@ def test_a_stage_that_does_not_follow_is_named(
     assert result.records[0]["status"] == "failed"
     assert "does not follow" in result.records[0]["reason"]
     assert result.records[0]["looks"] <= 3
+
+
+@pytest.mark.parametrize("device", ["Shutter", "Filter", "Objective"])
+def test_a_device_that_hangs_ends_the_run(core: Any, device: str, tmp_path: Path) -> None:
+    change = {
+        "Shutter": {},
+        "Filter": {"channels": ["Brightfield", "FITC"]},
+        "Objective": {"channels": [{"config": "40x", "group": "Objective"}]},
+    }[device]
+    arm(core, device, "hang", at_call=2 if device == "Filter" else 1, s=3.0)
+    try:
+        result = run(plan(**change), core=core, output=tmp_path / "run.ome.tiff")
+    except HardwareError as e:
+        assert device in str(e)  # the core waited for it in vain
+    else:  # or nothing waited for it, and what it was asked to do was done
+        assert device == "Shutter"
+        assert [r["status"] for r in result.records] == ["ok"] * 3
+    core.setProperty(device, "fault", "none")
+    core.waitForSystem()
+    assert core.getZPosition() == pytest.approx(START_UM, abs=0.5)
+
+
+@pytest.mark.parametrize("device", ["Filter", "Objective"])
+def test_a_wheel_that_stays_and_says_it_has_turned_is_no_false_ok(
+    core: Any, device: str
+) -> None:
+    # nothing in the core shows it; what is promised is that no tile pretends to be in focus
+    channel = {
+        "Filter": {"config": "FITC"},
+        "Objective": {"config": "40x", "group": "Objective"},
+    }
+    scope = microscope_of(core)
+    frames: list[Any] = []
+    core.mda.events.frameReady.connect(lambda *_: frames.append(scope.exposures[-1]))
+    arm(core, device, "wrong-value", calls=0)
+    result = run(plan(channels=[channel[device]]), core=core)
+    for record, defocus in zip(result.records, true_defoci(core, frames), strict=True):
+        assert defocus is not None
+        assert record["status"] != "ok" or abs(defocus) <= DOF_UM
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["locked", "lost"])
+def test_a_focus_lock_that_was_left_on_is_no_false_ok(core: Any, lost: bool) -> None:
+    core.setProperty("FocusLock", "continuous", 1)
+    core.waitForSystem()
+    if lost:
+        core.setProperty("FocusLock", "lose", 1)
+    scope = microscope_of(core)
+    frames: list[Any] = []
+    core.mda.events.frameReady.connect(lambda *_: frames.append(scope.exposures[-1]))
+    result = run(plan(), core=core)
+    assert len(frames) == 3
+    for record, defocus in zip(result.records, true_defoci(core, frames), strict=True):
+        assert defocus is not None
+        assert record["status"] != "ok" or abs(defocus) <= DOF_UM
