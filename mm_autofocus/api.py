@@ -16,6 +16,7 @@ from mm_autofocus.hooks.checks import check_looks, check_plan, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.pymmcore import AutofocusEngine
 from mm_autofocus.hooks.rig import CoreRig
+from mm_autofocus.hooks.running import parts_of
 from mm_autofocus.ometiff import OmeTiffSink
 from mm_autofocus.plan import PlanLike, load_plan, settings_of
 from mm_autofocus.settings import AutofocusSettings, parse_settings
@@ -178,7 +179,8 @@ def run(
     seen: set[tuple[int | None, int | None]] = set()
 
     def count(event: Any) -> None:
-        seen.add((event.index.get("p"), event.index.get("g")))
+        # a hardware sequence itself has no index
+        seen.update((e.index.get("p"), e.index.get("g")) for e in parts_of(event))
 
     before = core.mda.set_engine(ours)
     core.mda.events.eventStarted.connect(count)

@@ -76,7 +76,8 @@ class _Stage:
             f"{stands_um:g} µm (if that is the end of its travel, set z_min_um or z_max_um)"
         )
 
-    def go(self, z_um: float) -> None:
+    def go(self, z_um: float, *, there_um: float = THERE_UM) -> float:
+        """Go to `z_um`, unless within `there_um` of it; return where the stage stood, in µm."""
         low, high = self.request.z_min_um, self.request.z_max_um
         # written so that NaN is refused as well
         if not low - _EPSILON_UM <= z_um <= high + _EPSILON_UM:
@@ -84,15 +85,26 @@ class _Stage:
                 f"z {z_um:g} µm is outside the limits {low:g} … {high:g} µm; "
                 "the stage was not moved there"
             )
-        for stop_um in way_to(
-            min(max(z_um, low), high), self.rig.position_um(), self.backlash_um, (low, high)
-        ):
+        stood_um = self.rig.position_um()
+        z_um = min(max(z_um, low), high)
+        limits = (low, high)
+        for stop_um in way_to(z_um, stood_um, self.backlash_um, limits, there_um=there_um):
             self.rig.move_to(stop_um)
             self.moves += 1
+        return stood_um
+
+    def back(self) -> None:
+        """Return to the start of the search, exactly: it is promised."""
+        self.go(self.request.z_start_um, there_um=0.0)
 
 
 def way_to(
-    z_um: float, here_um: float, backlash_um: float, limits_um: tuple[float, float]
+    z_um: float,
+    here_um: float,
+    backlash_um: float,
+    limits_um: tuple[float, float],
+    *,
+    there_um: float = THERE_UM,
 ) -> list[float]:
     """The moves that bring a stage to `z_um` from the side that is set, in µm.
 
@@ -108,8 +120,10 @@ def way_to(
         From how far away to come, towards +z if positive. 0: from either side.
     limits_um : (float, float)
         Not to be left on the way.
+    there_um : float, optional
+        Nearer than this, or just there, no move is made.
     """
-    if abs(z_um - here_um) < THERE_UM:
+    if abs(z_um - here_um) <= there_um:
         return []
     past = min(max(z_um - backlash_um, limits_um[0]), limits_um[1])
     if (z_um - here_um) * backlash_um < 0 and past != z_um:
@@ -184,8 +198,7 @@ def drive(
                             f"{strategy.name} asked for look {len(curve) + 1} of at most "
                             f"{request.max_looks}"
                         )
-                    stood_um = rig.position_um()
-                    stage.go(z_um)
+                    stood_um = stage.go(z_um)
                     looks.append(rig.look())
                     wrong = stage.follow(z_um, looks[-1].z_um, stood_um)
                     try:
@@ -201,9 +214,9 @@ def drive(
             assert result.z_um is not None
             stage.go(result.z_um)
         else:
-            stage.go(request.z_start_um)
+            stage.back()
     except BaseException:
-        _retreat(stage, request.z_start_um)
+        _retreat(stage)
         raise
     finally:
         search.close()
@@ -217,9 +230,10 @@ def drive(
     )
 
 
-def _retreat(stage: _Stage, z_um: float) -> None:
+def _retreat(stage: _Stage) -> None:
     """Go back to the start after a fault, without hiding the fault."""
     try:
-        stage.go(z_um)
+        stage.back()
     except Exception:  # whatever broke first is what the caller must see
+        z_um = stage.request.z_start_um
         logger.exception("after the fault the stage could not be sent back to %g µm", z_um)

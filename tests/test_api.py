@@ -246,3 +246,9 @@ def test_two_cameras_are_two_channels(tmp_path: Path) -> None:
     assert [i.shape for i in record.images] == [(1, 4, 1, 512, 512)] * 2
     assert record.images[0].gaps == {}
     assert len(set(record.images[0].channels)) == 4
+
+
+def test_positions_are_counted_in_hardware_sequences_too(core: CMMCorePlus) -> None:
+    core.setProperty("Z", "UseSequences", "Yes")
+    result = run(plan(z_plan={"relative": [-1, 0, 1]}), core=core)
+    assert (result.frames, result.positions) == (6, 2)

@@ -59,6 +59,14 @@ def test_failed_goes_back_to_the_start():
     assert result.moves == 3
 
 
+def test_the_way_back_to_the_start_is_exact_however_short():
+    # a few nanometres are no move on the way to a look, but the start is promised
+    rig = FocusRig(noise=0)
+    result = FocusResult(None, "failed")
+    drive(Asks(1.0, 0.004, 0.0, result=result), REQUEST, rig)
+    assert rig.position_um() == 0.0
+
+
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(
     z=st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=8),

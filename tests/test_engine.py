@@ -614,3 +614,23 @@ def test_a_hardware_autofocus_outside_the_limits_fails_and_comes_back(
     zs = recorder.run(engine, plan(settings={"strategy": "hardware"}))
     assert zs == [8.0, -6.0]
     assert {r["status"] for r in engine.records} == {"failed"}
+
+
+def test_continuous_focus_is_switched_on_again_though_the_setup_fails(
+    core: CMMCorePlus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the demo's autofocus device has no continuous focus; one that has is played here
+    switched: list[bool] = []
+    monkeypatch.setattr(core, "isContinuousFocusEnabled", lambda: True)
+    monkeypatch.setattr(core, "enableContinuousFocus", switched.append)
+
+    class Full:
+        def setup(self, *_: Any, **__: Any) -> None:
+            raise HardwareError("the disk is full")
+
+        def close(self) -> None: ...
+
+    core.mda.set_engine(AutofocusEngine(core, sink=Full()))  # type: ignore[arg-type]
+    with pytest.raises(HardwareError, match="the disk is full"):
+        core.mda.run(plan())
+    assert switched == [False, True]

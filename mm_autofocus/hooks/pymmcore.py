@@ -108,6 +108,8 @@ class AutofocusEngine(MDAEngine):
         run = None if settings is None else Run.prepare(self.mmcore, sequence, settings)
         if run is not None:
             self.records = run.ledger.records
+        # from here on the teardown has something to restore, whatever fails next
+        self._run = run
         meta = super().setup_sequence(sequence)
         if self.sink is not None:
             self.sink.setup(
@@ -118,7 +120,6 @@ class AutofocusEngine(MDAEngine):
                 if settings is None
                 else settings.optics(self.mmcore.getPixelSizeUm()),
             )
-        self._run = run
         return meta
 
     def event_iterator(self, events: Iterable[useq.MDAEvent]) -> Iterator[useq.MDAEvent]:
