@@ -13,6 +13,7 @@ from mm_autofocus.errors import InputError
 from mm_autofocus.settings import parse_settings
 from mm_autofocus.shown import run_shown
 from mm_autofocus.training.collect import Collected, Collection, StackTruth, measure_of
+from mm_autofocus.training.joined import add_datasets, is_dataset
 from mm_autofocus.training.recorded import add_recorded
 
 __all__ = ["collect_plan", "collect_recorded"]
@@ -68,7 +69,7 @@ def collect_recorded(
     optics: Mapping[str, float],
     sets: Mapping[str, Any],
 ) -> Collected:
-    """Copy recorded stacks into a dataset.
+    """Copy recorded stacks, or whole datasets, into a dataset.
 
     Raises
     ------
@@ -77,6 +78,10 @@ def collect_recorded(
     """
     if config is not None:
         raise InputError("--config: recorded stacks need no microscope; leave it out")
+    if datasets := [file for file in files if is_dataset(file)]:
+        if len(datasets) < len(files):
+            raise InputError("--from: name either datasets or recorded stacks, not both")
+        return Collected(*add_datasets(datasets, output))
     settings = parse_settings(sets, where="--set")
     known = settings.optics()
     named = {k: getattr(known, k) for k in ("na", "magnification", "wavelength_um")}

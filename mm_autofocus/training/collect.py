@@ -205,6 +205,7 @@ class Collection:
         sequence = self._rest()
         before = len(writer.stacks)
         if sequence is None:
+            writer.finish()
             return Collected(writer.dataset(), 0)
         sinks: list[_Labelling] = []
 
@@ -224,6 +225,8 @@ class Collection:
             raise
         if sinks and sinks[0].skipped:
             writer.note(self.slide, "without_stack", sinks[0].skipped)
+        if result.exit_code < 3:
+            writer.finish()
         return Collected(writer.dataset(), len(writer.stacks) - before, result)
 
     def _rest(self) -> useq.MDASequence | None:

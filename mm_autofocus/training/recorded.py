@@ -159,6 +159,7 @@ def add_recorded(
         if (slide, s.field, s.time, s.channel) not in {t.key for t in writer.stacks}:
             writer.append(_copied(s, writer, slide, known))
             new += 1
+    writer.finish()
     return writer.dataset(), new
 
 

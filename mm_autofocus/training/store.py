@@ -61,9 +61,11 @@ class DatasetWriter:
             "metric_options": measure.options.model_dump(mode="json"),
             "slides": {},
             "split": None,
+            "closed": False,
         }
         self.stacks: list[Stack] = []
         self._is_new = True
+        self._mended = False
         if self.path.exists():
             self._look_at_what_is_there()
         elif not self.path.absolute().parent.is_dir():
@@ -102,10 +104,21 @@ class DatasetWriter:
     def begin(self, slide: str, facts: Mapping[str, Any]) -> None:
         """Make the folder, mend what an interruption left, and note the slide."""
         self.path.mkdir(exist_ok=True)
+        # Looking into every file takes long where there are thousands of them: only where
+        # something can be amiss, or where the user comes back to a slide.
+        doubtful = slide in self.meta["slides"] or not self.meta.get("closed", False)
+        doubtful, self._mended = doubtful and not self._mended, True
         self.meta["slides"].setdefault(slide, dict(facts))
+        self.meta["closed"] = False
         self._write_meta()
         (self.path / PLANES).mkdir(exist_ok=True)
-        self._mend()
+        if doubtful:
+            self._mend()
+
+    def finish(self) -> None:
+        """Note that nothing is under way any more: all that is indexed is whole."""
+        self.meta["closed"] = True
+        self._write_meta()
 
     def note(self, slide: str, key: str, facts: Mapping[str, Any]) -> None:
         """Add to what is known of a slide."""
