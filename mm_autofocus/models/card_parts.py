@@ -1,0 +1,149 @@
+"""The parts of a card: input, normalisation, outputs, importance, error."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+__all__ = [
+    "Count",
+    "ErrorModel",
+    "Floats",
+    "Importance",
+    "NonNegative",
+    "Normalisation",
+    "Outputs",
+    "PatchInput",
+    "Positive",
+    "Share",
+    "Strict",
+    "TopK",
+]
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Floats = Annotated[tuple[float, ...], Field(strict=False)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """Unknown keys, other types and numbers that are none are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class PatchInput(Strict):
+    """The input that takes patches.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the graph.
+    layout : {"NCHW", "NHWC"}
+        Order of its axes. Channels are laid look by look: ``(N, looks · channels, P, P)``.
+    """
+
+    name: str = "patches"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+
+
+class Normalisation(Strict):
+    """From grey values to what the net is shown: ``(value / scale - mean) / std``.
+
+    Attributes
+    ----------
+    scale : {"max_value", "none"}
+        Divide by the value at which the camera saturates, or not at all.
+    mean, std : float or list
+        One for all, one per channel, or one per channel and look.
+    per_patch : bool
+        Afterwards, subtract the mean of the patch over all looks and channels and divide by
+        its standard deviation.
+    """
+
+    scale: Literal["max_value", "none"] = "max_value"
+    mean: float | Floats = 0.0
+    std: float | Floats = 1.0
+    per_patch: bool = False
+
+    @field_validator("std")
+    @classmethod
+    def _divides(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        if any(v <= 0 for v in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"std: {value} is not allowed: must be greater than 0")
+        return value
+
+
+class Outputs(Strict):
+    """The outputs, each ``(N,)`` or ``(N, 1)``.
+
+    Attributes
+    ----------
+    defocus : str
+        Name of the output with the defocus of each patch.
+    sd : str | None
+        Name of the output with its standard deviation; None: the net gives none.
+    um_per_unit : float
+        Both are multiplied by it.
+    sign : {1, -1}
+        -1: the net answers ``z_focus - z_image``.
+    """
+
+    defocus: str = "defocus"
+    sd: str | None = "sd"
+    um_per_unit: Positive = 1.0
+    sign: Literal[1, -1] = 1
+
+
+class TopK(Strict):
+    """How many patches at most are looked at in a field of each class."""
+
+    dense: Count = 31
+    sparse: Count = 9
+    extremely_sparse: Count = 3
+
+
+class Importance(Strict):
+    """The part of the net that says which patches are worth a look.
+
+    Attributes
+    ----------
+    input, output : str
+        Names in the same graph: the mosaic ``(1, looks · channels, rows · 56,
+        columns · 56)``, normalised like patches (but not per patch), and the importance
+        ``(1, rows, columns)``, 0 … 1.
+    threshold : float
+        A patch with at least so much carries content.
+    k : TopK
+        How many of them are looked at.
+    """
+
+    input: str = "mosaic"
+    output: str = "importance"
+    threshold: Share = 0.8
+    k: TopK = Field(default_factory=TopK)
+
+
+class ErrorModel(Strict):
+    """From what the patches say to the standard deviation expected of the frame's defocus.
+
+    ``hypot(sd_scale · raw, floor_um)``, with `raw` from `consensus.raw_error`.
+
+    Attributes
+    ----------
+    sd_scale : float
+        Fitted on fields that the training did not see.
+    floor_um : float
+        What remains however well the patches agree.
+    disagreement_um : float | None
+        Spread of the patches beyond which they are said to disagree; None: four times their
+        own standard deviation, or the depth of field where the net gives none.
+    """
+
+    sd_scale: Positive = 1.0
+    floor_um: NonNegative = 0.0
+    disagreement_um: Positive | None = None
