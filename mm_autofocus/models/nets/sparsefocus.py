@@ -1,0 +1,210 @@
+"""SparseFocus: which patches matter, and how far out of focus they are.
+
+Source: *SparseFocus: learning-based one-shot autofocus for microscopy with sparse content*.
+A region importance network (RIN) weighs the patches of a frame from a small mosaic of them; a
+defocus prediction network (DPN) looks at the heaviest ones; the median of its answers is the
+answer. The paper names the parts (4 × 4 stem and BatchNorm, blocks of 7 × 7 convolutions,
+downsampling, global max pooling, a linear layer), not their widths and depths: those are
+chosen here for what two CPU cores can train in a night.
+
+What differs from the paper: the 7 × 7 convolutions are depthwise (with pointwise ones behind
+them, and ReLU: a third of the time of dense ones); the stem also sees standardised values;
+mean pooling stands beside max pooling; the head may be a distribution.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mm_autofocus.models.nets.base import (
+    DefocusNet,
+    NetContext,
+    NetOptions,
+    Output,
+    Standardise,
+)
+from mm_autofocus.models.nets.heads import make_head
+
+__all__ = ["Dpn", "Rin", "SparseFocus", "SparseFocusOptions"]
+
+
+class SparseFocusOptions(NetOptions):
+    """Options of `SparseFocus`.
+
+    Attributes
+    ----------
+    widths, depths : tuple of int
+        Channels and blocks of each stage; the first lies behind the stem at a quarter of
+        the resolution, each further one at half of that before it.
+    expand : int
+        Channels between the two pointwise convolutions of a block, in widths.
+    kernel : int
+        Of the depthwise convolutions, odd.
+    pool : {"max+mean", "max", "mean"}
+        Over the patch.
+    rin_widths : tuple of int
+        Channels of the RIN at 1/2, 1/4 and 1/8 of the mosaic.
+    """
+
+    widths: tuple[int, ...] = (32, 64, 128, 192)
+    depths: tuple[int, ...] = (1, 2, 3, 2)
+    expand: int = 2
+    kernel: int = 7
+    pool: Literal["max+mean", "max", "mean"] = "max+mean"
+    rin_widths: tuple[int, int, int] = (16, 32, 64)
+
+
+class Block(nn.Module):
+    """Depthwise convolution, BatchNorm, two pointwise ones, and a way around them."""
+
+    def __init__(self, width: int, expand: int, kernel: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width, bias=False),
+            nn.BatchNorm2d(width),
+            nn.Conv2d(width, expand * width, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(expand * width, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        # a block begins as nothing but its way around: deep stages learn from the first step
+        nn.init.zeros_(self.branch[-1].weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
+        return torch.relu(x + self.branch(x))
+
+
+class Pool(nn.Module):
+    """Over the patch: ``(N, C, H, W)`` to ``(N, C)`` or ``(N, 2 C)``."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.times = 2 if how == "max+mean" else 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Global maximum, mean, or both."""
+        parts = []
+        if "max" in self.how:
+            parts.append(x.amax((2, 3)))
+        if "mean" in self.how:
+            parts.append(x.mean((2, 3)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+class Dpn(nn.Module):
+    """Features of patches: stem, stages, pooling.
+
+    Attributes
+    ----------
+    features : int
+        How many it returns.
+    """
+
+    def __init__(self, in_channels: int, options: SparseFocusOptions) -> None:
+        super().__init__()
+        widths = options.widths
+        self.standardise = Standardise(options.standardise, in_channels)
+        layers: list[nn.Module] = [
+            nn.Conv2d(self.standardise.out_channels, widths[0], 4, stride=4, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+        ]
+        before = widths[0]
+        for stage, (width, depth) in enumerate(zip(widths, options.depths, strict=True)):
+            if stage:
+                layers += [
+                    nn.Conv2d(before, width, 2, stride=2, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ]
+            layers += [Block(width, options.expand, options.kernel) for _ in range(depth)]
+            before = width
+        self.stages = nn.Sequential(*layers)
+        self.pool = Pool(options.pool)
+        self.features = before * self.pool.times
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """``(N, C, P, P)`` to ``(N, F)``."""
+        x: Tensor = self.pool(self.stages(self.standardise(patches)))
+        return x
+
+
+class Inverted(nn.Module):
+    """MobileNetV3's block: widen, depthwise, squeeze, narrow; around it where it fits."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        wide = 3 * before
+        self.around = stride == 1 and before == width
+        self.wide = nn.Sequential(
+            nn.Conv2d(before, wide, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(inplace=True),
+        )
+        self.narrow = nn.Sequential(
+            nn.Conv2d(wide, width, 1, bias=False), nn.BatchNorm2d(width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, before, H, W)`` to ``(N, width, H / stride, W / stride)``."""
+        y: Tensor = self.narrow(self.wide(x))
+        return x + y if self.around else y
+
+
+class Rin(nn.Module):
+    """Importance of each patch of a mosaic, as logits.
+
+    Fully convolutional with a total stride of 56, the edge of a cell, so that any mosaic
+    of whole cells fits. After MobileNetV3, without its squeeze-and-excitation: an average
+    over the whole frame would make the weight of a patch depend on the others.
+    """
+
+    def __init__(self, in_channels: int, widths: tuple[int, int, int]) -> None:
+        super().__init__()
+        a, b, c = widths
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, a, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(a),
+            nn.ReLU(inplace=True),
+            Inverted(a, b, 2),
+            Inverted(b, b, 1),
+            Inverted(b, c, 2),
+            Inverted(c, c, 1),
+            nn.Conv2d(c, c, 7, stride=7),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(c, 1, 1),
+        )
+
+    def forward(self, mosaic: Tensor) -> Tensor:
+        """``(M, C, rows · 56, columns · 56)`` to ``(M, rows, columns)``."""
+        x: Tensor = self.layers(mosaic)
+        return x.squeeze(1)
+
+
+class SparseFocus(DefocusNet):
+    """RIN and DPN; the top-k and the median are the run time's."""
+
+    Options: ClassVar[type[NetOptions]] = SparseFocusOptions
+
+    def __init__(self, context: NetContext, options: SparseFocusOptions) -> None:
+        super().__init__(context, options)
+        self.dpn = Dpn(context.in_channels, options)
+        self.head = make_head(self.dpn.features, context, options)
+        self.rin = Rin(context.in_channels, options.rin_widths)
+
+    def forward(self, patches: Tensor) -> Output:
+        """Predict the defocus of patches ``(N, C, P, P)``."""
+        output: Output = self.head(self.dpn(patches))
+        return output
+
+    def losses(self, output: Output, defocus_um: Tensor) -> dict[str, Tensor]:
+        """Parts of the loss."""
+        return self.head.losses(output, defocus_um)

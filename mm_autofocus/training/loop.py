@@ -1,0 +1,356 @@
+"""The one training loop: any net, any number of devices, from any step on."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mm_autofocus.errors import InputError
+from mm_autofocus.training.batches import batches_of, learning_rate
+from mm_autofocus.training.checkpoint import BEST, LAST, save_checkpoint
+from mm_autofocus.training.progress import TrainingDisplay
+from mm_autofocus.training.validate import predict_patches, score
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from torch.utils.data import DataLoader
+
+    from mm_autofocus.models.nets.base import DefocusNet
+    from mm_autofocus.training.options import TrainOptions
+    from mm_autofocus.training.samples import Field, MosaicSource, PatchSource
+
+__all__ = ["Job", "fit"]
+
+_WORST = 1e9
+
+
+@dataclass(slots=True)
+class Job:
+    """All that a process needs to train; it travels to processes that are spawned.
+
+    Attributes
+    ----------
+    run : Path
+        Folder of the run.
+    options : TrainOptions
+        As they were asked for.
+    patches : PatchSource
+        What it is trained on.
+    mosaics : MosaicSource | None
+        For the importance; None: the net has no part for it.
+    validation : list of Field
+        Fields of the validation part, and ...
+    looked_at : list
+        ... the patches of them that are predicted.
+    identity : dict
+        ``model``, ``net``, ``context``: what is written into checkpoints to make the net.
+    state : dict | None
+        ``last.ckpt``, to go on from.
+    """
+
+    run: Path
+    options: TrainOptions
+    patches: PatchSource
+    mosaics: MosaicSource | None
+    validation: list[Field]
+    looked_at: list[tuple[int, int, int, int]]
+    identity: dict[str, Any]
+    state: dict[str, Any] | None = None
+
+
+class _Step(nn.Module):
+    """Net and losses in one forward pass, so that a wrapper for several devices sees both."""
+
+    def __init__(self, net: DefocusNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        defocus = batch["defocus_um"]
+        losses = self.net.losses(self.net(batch["patches"]), defocus)
+        if "mosaic" in batch and self.net.rin is not None:
+            logits = self.net.rin(batch["mosaic"]).float()
+            losses["importance"] = F.binary_cross_entropy_with_logits(
+                logits, batch["importance"]
+            )
+        return losses
+
+
+@dataclass(slots=True)
+class _Where:
+    """Where a training stands; all of it is in a checkpoint."""
+
+    epoch: int = 0
+    step: int = 0  # in the epoch
+    elapsed_s: float = 0.0
+    best_um: float = _WORST
+    best_epoch: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+def fit(fabric: Fabric, job: Job, net: DefocusNet) -> dict[str, Any]:
+    """Train `net` as `job` says; every process of a training runs this.
+
+    Returns
+    -------
+    dict
+        ``epochs``, ``best_epoch``, ``validation`` (the best one), ``elapsed_s``,
+        ``stopped``: why it ended before its last epoch, or ""; ``mae_of_each_process``: the
+        best validation as each process knows it.
+
+    Raises
+    ------
+    InputError
+        The loss became NaN, or a stack cannot be read.
+    """
+    return _Loop(fabric, job, net).run()
+
+
+class _Loop:
+    def __init__(self, fabric: Fabric, job: Job, net: DefocusNet) -> None:
+        self.fabric, self.job, self.options = fabric, job, job.options
+        options = job.options
+        torch.manual_seed(options.seed)
+        if net.rin is not None and (job.mosaics is None or not options.mosaics):
+            net.rin.requires_grad_(False)  # processes wait for gradients of all that have one
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.averaged = copy.deepcopy(net).eval().requires_grad_(False)
+        optimiser = torch.optim.AdamW(_groups(net, options.weight_decay), lr=options.lr)
+        self.where = _Where()
+        if job.state is not None:
+            self._restore(net, optimiser, job.state)
+        self.averaged.to(fabric.device)
+        self.net = net
+        self.step, self.optimiser = fabric.setup(_Step(net), optimiser)
+        share = -(-options.batch // fabric.world_size)
+        self.batch = max(2, min(share, len(job.patches) // fabric.world_size))
+        self.steps = max(1, len(job.patches) // (self.batch * fabric.world_size))
+        self.mosaics = 0
+        if job.mosaics is not None and options.mosaics:
+            self.mosaics = max(1, round(self.batch * options.mosaics))
+        self.figures: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------------ the course
+
+    def run(self) -> dict[str, Any]:
+        where, options = self.where, self.options
+        log = self.job.run / "log.jsonl" if self.fabric.is_global_zero else None
+        stopped = ""
+        with TrainingDisplay(log, options.epochs, self.steps) as display:
+            while where.epoch < options.epochs and not stopped:
+                started, before = time.perf_counter(), where.elapsed_s
+                self._epoch(display)
+                row = self._validate(time.perf_counter() - started, where.elapsed_s - before)
+                stopped = self._why_stop()
+                if self.fabric.is_global_zero:
+                    display.epoch(row)
+                    self._save(LAST)
+                if stopped:
+                    display.say(stopped)
+        return {
+            "epochs": where.epoch,
+            "best_epoch": where.best_epoch,
+            "validation": self.figures,
+            "elapsed_s": where.elapsed_s,
+            "stopped": stopped,
+            "mae_of_each_process": self._everywhere(where.best_um),
+        }
+
+    def _everywhere(self, value: float) -> list[float]:
+        """A number as each process has it."""
+        mine = torch.tensor([value], dtype=torch.float64, device=self.fabric.device)
+        every = cast("Tensor", self.fabric.all_gather(mine))
+        return [float(v) for v in every.reshape(-1)]
+
+    def _epoch(self, display: TrainingDisplay) -> None:
+        where, saved = self.where, time.monotonic()
+        self.step.train()
+        tick = time.perf_counter()
+        for batch in self._batches():
+            total = self._one(batch)
+            now = time.perf_counter()
+            seconds, tick = now - tick, now
+            where.elapsed_s += seconds
+            rate = self.batch * self.fabric.world_size / max(seconds, 1e-9)
+            display.step(where.epoch, where.step, total, rate)
+            where.step += 1
+            late = time.monotonic() - saved > 60 * self.options.checkpoint_minutes
+            if late and where.step < self.steps and self.fabric.is_global_zero:
+                self._save(LAST)
+                saved = time.monotonic()
+            if self._out_of_time():
+                break
+
+    def _one(self, batch: dict[str, Tensor]) -> float:
+        where = self.where
+        rate = learning_rate(self.options, self._part())
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        names = batch.pop("field")
+        losses = self.step(self.fabric.to_device(batch))
+        loss = cast("Tensor", sum(losses.values()))
+        seen = cast("Tensor", self.fabric.all_reduce(loss.detach(), reduce_op="mean"))
+        if not math.isfinite(float(seen)):
+            self._refuse(names)
+        self.optimiser.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        self.fabric.clip_gradients(self.step, self.optimiser, max_norm=self.options.clip)
+        self.optimiser.step()
+        self._average()
+        for name, value in (("loss", loss), *losses.items()):
+            where.sums[name] = where.sums.get(name, 0.0) + float(value.detach())
+        return float(loss.detach())
+
+    def _part(self) -> float:
+        """How much of the training is done, by steps or by time, whichever is more."""
+        where = self.where
+        done = (where.epoch * self.steps + where.step) / (self.options.epochs * self.steps)
+        if self.options.max_minutes is not None:
+            done = max(done, self._clock() / (60 * self.options.max_minutes))
+        return min(done, 1.0)
+
+    def _clock(self) -> float:
+        """Elapsed seconds, alike in all processes."""
+        if self.fabric.world_size == 1:
+            return self.where.elapsed_s
+        return float(self.fabric.broadcast(self.where.elapsed_s))
+
+    def _out_of_time(self) -> bool:
+        limit = self.options.max_minutes
+        return limit is not None and self._clock() >= 60 * limit
+
+    def _why_stop(self) -> str:
+        where, patience = self.where, self.options.patience
+        if self._out_of_time() and where.epoch < self.options.epochs:
+            return f"stopped after {self.options.max_minutes:g} minutes (max_minutes)"
+        if patience is not None and where.epoch - where.best_epoch >= patience:
+            return f"stopped: no better validation for {patience} epochs (patience)"
+        return ""
+
+    def _refuse(self, names: Tensor) -> None:
+        fields = self.job.patches.fields
+        files = sorted({fields[int(i)].stack.file for i in names})
+        shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+        raise InputError(
+            f"the loss is not a number at epoch {self.where.epoch + 1}, batch "
+            f"{self.where.step + 1}, with patches of {shown}; look at these files, or train "
+            "with a smaller lr"
+        )
+
+    # -------------------------------------------------------------------------- the data
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        patches = self._loader(self.job.patches, self.batch)
+        if not self.mosaics or self.job.mosaics is None:
+            yield from patches
+            return
+        mosaics = self._loader(self.job.mosaics, self.mosaics)
+        for batch, beside in zip(patches, mosaics, strict=True):
+            yield {**batch, **beside}
+
+    def _loader(self, source: Any, count: int) -> DataLoader[Any]:
+        where, fabric = self.where, self.fabric
+        return batches_of(
+            source,
+            count,
+            range(where.epoch * self.steps + where.step, (where.epoch + 1) * self.steps),
+            share=(fabric.global_rank, fabric.world_size),
+            workers=self.options.workers,
+            cuda=fabric.device.type == "cuda",
+        )
+
+    # -------------------------------------------------------------------- weights, states
+
+    def _average(self) -> None:
+        """Averaged weights follow; fast at first, when the weights still mean nothing."""
+        done = self.where.epoch * self.steps + self.where.step
+        decay = min(self.options.ema, (1 + done) / (10 + done)) if self.options.ema else 0.0
+        with torch.no_grad():
+            mine = self.averaged.state_dict()
+            for name, value in self.net.state_dict().items():
+                if value.is_floating_point():
+                    mine[name].lerp_(value.to(mine[name].dtype), 1 - decay)
+                else:
+                    mine[name].copy_(value)
+
+    def _validate(self, seconds: float, training_s: float) -> dict[str, Any]:
+        """Validate at the end of an epoch; keep the best; move on to the next epoch."""
+        where, fabric, job = self.where, self.fabric, self.job
+        if fabric.world_size > 1:  # statistics of BatchNorm are each process's own
+            for buffer in self.averaged.buffers():
+                if buffer.is_floating_point():
+                    mean = fabric.all_reduce(buffer.clone(), reduce_op="mean")
+                    buffer.copy_(cast("Tensor", mean))
+        share = -(-len(job.looked_at) // fabric.world_size)
+        # all processes answer for equally many; the last ones again for the first patches
+        numbers = np.arange(share) + share * fabric.global_rank
+        own = [job.looked_at[i % len(job.looked_at)] for i in numbers]
+        px = self.options.patch_px
+        with fabric.autocast():
+            mine = predict_patches(self.averaged, job.validation, own, px, fabric.device)
+        both = cast("Tensor", fabric.all_gather(torch.from_numpy(mine).to(fabric.device)))
+        predicted = both.reshape(-1, 2)[: len(job.looked_at)].cpu().numpy()
+        figures, frames = score(job.validation, job.looked_at, predicted)
+        steps = max(where.step, 1)
+        row = {
+            "epoch": where.epoch + 1,
+            "steps": where.step,
+            "lr": self.optimiser.param_groups[0]["lr"],
+            **{k: v / steps for k, v in where.sums.items()},
+            "validation": figures,
+            "patches_per_s": steps * self.batch * fabric.world_size / max(training_s, 1e-9),
+            "seconds": seconds,
+            "best": figures["mae_um"] < where.best_um,
+        }
+        where.epoch, where.step, where.sums = where.epoch + 1, 0, {}
+        if row["best"] or not self.figures:
+            where.best_um, where.best_epoch = figures["mae_um"], where.epoch
+            self.figures = figures
+            if fabric.is_global_zero:
+                self._save(BEST)
+                np.save(job.run / "validation.npy", frames)
+        return row
+
+    def _save(self, name: str) -> None:
+        where = self.where
+        state: dict[str, Any] = {
+            **self.job.identity,
+            "weights": self.averaged.state_dict(),
+            "epoch": where.epoch,
+            "figures": self.figures,
+        }
+        if name == LAST:
+            state |= {
+                "training": self.net.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "rng": torch.get_rng_state(),
+                "where": {k: getattr(where, k) for k in _Where.__slots__},
+            }
+        save_checkpoint(self.job.run / name, state)
+
+    def _restore(
+        self, net: DefocusNet, optimiser: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
+        net.load_state_dict(state["training"])
+        self.averaged.load_state_dict(state["weights"])
+        optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["rng"])
+        self.where = _Where(**state["where"])
+        self.figures = state["figures"]
+
+
+def _groups(net: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Weights that are decayed, and those (biases, norms, scales) that are not."""
+    many = [p for p in net.parameters() if p.ndim > 1]
+    few = [p for p in net.parameters() if p.ndim <= 1]
+    return [{"params": many, "weight_decay": decay}, {"params": few, "weight_decay": 0.0}]

@@ -1,0 +1,309 @@
+"""``mm-autofocus train``: a dataset and options become a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_autofocus.errors import InputError
+from mm_autofocus.models.nets import NETS, build_net, need_torch
+from mm_autofocus.training.dataset import Dataset
+from mm_autofocus.training.importance import content_maps
+from mm_autofocus.training.options import TrainOptions, read_options, read_options_file
+from mm_autofocus.training.samples import (
+    MosaicSource,
+    PatchSource,
+    fields_of,
+    range_of,
+    validation_patches,
+)
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from mm_autofocus.training.fields import Field
+    from mm_autofocus.training.loop import Job
+    from mm_autofocus.training.stack import Stack
+
+__all__ = ["prepare", "train"]
+
+logger = logging.getLogger(__name__)
+
+_MAY_CHANGE = (
+    "epochs",
+    "patience",
+    "max_minutes",
+    "checkpoint_minutes",
+    "workers",
+    "devices",
+    "accelerator",
+    "strategy",
+    "precision",
+)
+
+
+def train(
+    dataset: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    options: TrainOptions | Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train a net on a dataset.
+
+    Parameters
+    ----------
+    dataset : path
+        Folder that ``mm-autofocus collect`` wrote.
+    run : path
+        Folder to write: ``options.yaml``, ``log.jsonl``, ``last.ckpt``, ``best.ckpt``,
+        ``report.html``.
+    options : TrainOptions or mapping, optional
+        How. With `resume`: only what may change, such as ``epochs``.
+    resume : bool, optional
+        Go on where `run` stopped, as if it had not.
+
+    Returns
+    -------
+    dict
+        ``run``, ``model``, ``epochs``, ``best_epoch``, ``validation``, ``elapsed_s``,
+        ``stopped``, ``report``.
+
+    Raises
+    ------
+    InputError
+        Of the dataset, the options or the run; torch is missing; the loss is no number.
+    """
+    need_torch()
+    from mm_autofocus.training.checkpoint import LAST, load_checkpoint
+
+    run = Path(run)
+    state = None
+    if resume:
+        if not (run / LAST).is_file():
+            raise InputError(f"{run}: there is nothing to resume; it has no {LAST}")
+        options = _resumed(run, options)
+        state = load_checkpoint(run / LAST)
+    else:
+        options = _checked(options)
+        if (run / LAST).exists() or (run / "log.jsonl").exists():
+            raise InputError(f"{run}: holds a run already; --resume continues it")
+    job = prepare(Dataset.open(dataset), run, options, state)
+    result = _launch(job)
+    from mm_autofocus.training.train_report import write_train_report
+
+    report = write_train_report(job.run, job.validation, job.options)
+    return {"run": str(run), "model": options.model, **result, "report": str(report)}
+
+
+def _checked(options: TrainOptions | Mapping[str, Any] | None) -> TrainOptions:
+    return options if isinstance(options, TrainOptions) else read_options(options or {})
+
+
+def _resumed(run: Path, given: TrainOptions | Mapping[str, Any] | None) -> TrainOptions:
+    before = read_options_file(run / "options.yaml")
+    changes = dict(given or {}) if not isinstance(given, TrainOptions) else {}
+    for key, value in changes.items():
+        if key not in _MAY_CHANGE and before.get(key) != value:
+            raise InputError(
+                f"{key}: cannot change when a run is resumed; it may: {', '.join(_MAY_CHANGE)}"
+            )
+    return read_options({**before, **changes}, where=str(run / "options.yaml"))
+
+
+def prepare(
+    dataset: Dataset, run: Path, options: TrainOptions, state: dict[str, Any] | None = None
+) -> Job:
+    """Make everything ready that a training needs, and write the folder of the run.
+
+    Raises
+    ------
+    InputError
+        Nothing was written then.
+    """
+    from mm_autofocus.models.nets.base import NetContext
+    from mm_autofocus.training.loop import Job
+
+    NETS.check(options.model)
+    if dataset.written_split is None:
+        dataset.split(seed=options.seed, by=options.split_by)
+    learn, check = dataset.part("train"), dataset.part("validation")
+    for part, stacks in (("train", learn), ("validation", check)):
+        if not stacks:
+            raise InputError(f"{dataset.path}: no labelled stack in its {part} part")
+    looks, tolerance = options.looks_um, options.look_tolerance_um
+    range_um = options.range_um or range_of(learn, looks, tolerance)
+    context = NetContext(
+        looks_um=looks,
+        channels=3 if learn[0].is_rgb else 1,
+        range_um=range_um,
+        patch_px=options.patch_px,
+        **_optics_of(learn),
+    )
+    net = build_net(options.model, context, options.net)  # its options are checked here
+    identity = {
+        "model": options.model,
+        "net": net.options.model_dump(mode="json"),
+        "context": context.model_dump(mode="json"),
+    }
+    blank = tuple(s for s in dataset.part("train", labelled=False) if s.sparsity == "blank")
+    blank = blank if net.rin is not None else ()
+    run.parent.mkdir(parents=True, exist_ok=True)
+    run.mkdir(exist_ok=True)
+    (run / "options.yaml").write_text(options.to_yaml(), encoding="utf-8")
+    if state is None:
+        _note(run, dataset)
+    maps = content_maps((*learn, *check, *blank), run / "content.npz", os.cpu_count() or 1)
+
+    def ready(stacks: tuple[Stack, ...]) -> list[Field]:
+        return fields_of(
+            stacks,
+            maps,
+            looks,
+            range_um,
+            tolerance_um=tolerance,
+            least_px=max(options.patch_px, options.crop_px),
+        )
+
+    fields, validation = ready(learn), ready(check)
+    patches = PatchSource(
+        fields,
+        options.crop_px,
+        options.patches_per_stack,
+        options.seed,
+        options.augment,
+        (options.near_share, options.near_um),
+    )
+    mosaics = None
+    if net.rin is not None and options.mosaics:
+        mosaics = MosaicSource(
+            [*fields, *(ready(blank) if blank else [])],
+            options.patch_px,
+            options.patches_per_stack,
+            options.seed,
+            options.augment,
+        )
+    looked_at = validation_patches(
+        validation,
+        options.patch_px,
+        planes=options.validation_planes,
+        patches=options.validation_patches,
+        most=options.validation_most,
+    )
+    if not looked_at:
+        raise InputError(f"{dataset.path}: no patch of its validation part shows specimen")
+    return Job(run, options, patches, mosaics, validation, looked_at, identity, state)
+
+
+def _note(run: Path, dataset: Dataset) -> None:
+    """Note where the data are and what was typed; `export` puts it into the card."""
+    known = dataset.meta.get("slides", {})
+    notes = {
+        "dataset": str(dataset.path.resolve()),
+        "data": f"{dataset.path.name}: {len(dataset.labelled)} labelled stacks of "
+        f"{len(known) or 1} slides",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    (run / "run.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
+
+
+def _optics_of(stacks: tuple[Stack, ...]) -> dict[str, float | None]:
+    """What all stacks agree on."""
+    known: dict[str, float | None] = {}
+    for key in ("na", "wavelength_um", "pixel_size_um"):
+        values = {s.optics.get(key) for s in stacks}
+        value = values.pop() if len(values) == 1 else None
+        known[key] = float(value) if value else None
+    return known
+
+
+def _launch(job: Job) -> dict[str, Any]:
+    """Run the loop in as many processes as there are devices."""
+    import torch
+    from lightning_fabric import Fabric
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from torch.multiprocessing.spawn import ProcessRaisedException
+
+    options = job.options
+    strategy = options.strategy
+    if strategy == "auto" and options.devices > 1:
+        # needs no second start of whatever program called us
+        strategy = "ddp_spawn"
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    torch.set_float32_matmul_precision("high")
+    try:
+        fabric = Fabric(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            strategy=strategy,
+            precision=_precision(options),  # type: ignore[arg-type]
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as e:
+        raise InputError(f"accelerator, devices, strategy, precision: {e}") from None
+    try:
+        result: dict[str, Any] = fabric.launch(
+            _work,  # type: ignore[arg-type]
+            pickle.dumps(job),  # Lightning looks into what it passes on, and at no bytes
+        )
+    except ProcessRaisedException as e:
+        # an error of the user's stays one when it happens in another process
+        marker = f"{InputError.__module__}.{InputError.__name__}: "
+        _, found, sentence = str(e).rpartition(marker)
+        if not found:
+            raise
+        raise InputError(sentence.strip().splitlines()[0]) from None
+    return result
+
+
+def _work(fabric: Fabric, pickled: bytes) -> dict[str, Any]:
+    """One process."""
+    job: Job = pickle.loads(pickled)
+    import torch
+
+    from mm_autofocus.models.nets.base import NetContext
+    from mm_autofocus.training.checkpoint import find_checkpoint, load_checkpoint
+    from mm_autofocus.training.loop import fit
+
+    torch.manual_seed(job.options.seed)
+    identity = job.identity
+    net = build_net(identity["model"], NetContext(**identity["context"]), identity["net"])
+    if job.options.init is not None and job.state is None:
+        _begin_with(net, load_checkpoint(find_checkpoint(Path(job.options.init))))
+    with warnings.catch_warnings():
+        # Lightning advises more workers and its own seeding; both are decided here
+        warnings.filterwarnings("ignore", module="lightning_fabric")
+        return fit(fabric, job, net)
+
+
+def _begin_with(net: Any, state: dict[str, Any]) -> None:
+    """Take over what fits of other weights; a head for another range begins anew."""
+    own = net.state_dict()
+    fits = {k: v for k, v in state["weights"].items() if k in own and own[k].shape == v.shape}
+    if len(fits) < len(own) / 2:
+        raise InputError(
+            f"init: a net {state['model']!r} for {len(state['context']['looks_um'])} looks "
+            "does not fit; its kind, widths and looks must be the same"
+        )
+    fixed = {k for k in own if k.endswith("centres")}  # of this net's own range
+    net.load_state_dict({k: v for k, v in fits.items() if k not in fixed}, strict=False)
+
+
+def _precision(options: TrainOptions) -> str:
+    if options.precision != "auto":
+        return options.precision
+    import torch
+
+    if options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    if options.accelerator in ("auto", "cpu"):
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return "bf16-mixed" if fast is not None and fast() else "32-true"
+    return "32-true"
