@@ -1,0 +1,256 @@
+"""Learned focus on recorded images, by the commands that a lab would type."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import tifffile
+from mm_autofocus.measure import FocusMeasure
+from mm_autofocus.models.importing import load_model
+from mm_autofocus.training import Dataset, Split, Stack
+from mm_autofocus.training.dataset import META
+from mm_autofocus.training.evaluate import evaluate
+from mm_autofocus.training.evaluation_table import number, share
+from mm_autofocus.training.store import DatasetWriter, optics_json
+from mm_autofocus.types import Optics
+from scipy.stats import spearmanr
+
+LOOKS = {"two looks, 0 and +4 µm": [0.0, 4.0], "one look": [0.0]}
+BRAIN_PX = 64  # edge of a patch; the frames have 128 pixels
+BRAIN_UM = [-14, 12]  # what the stacks have, the second look included
+METAL_PX, TILES = 224, 4
+METAL_UM = 0.286
+
+
+def command(*args: object) -> tuple[str, float]:
+    """Run ``mm-autofocus``; stdout and seconds. Ends with its sentence if it fails."""
+    words = [str(a) for a in args]
+    print("  mm-autofocus " + " ".join(w for w in words if not w.endswith(".tif")), flush=True)
+    start = time.perf_counter()
+    program = [sys.executable, "-c", "from mm_autofocus.cli import main; main()"]
+    done = subprocess.run([*program, *words], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"mm-autofocus {words[0]} ended with {done.returncode}")
+    return done.stdout, time.perf_counter() - start
+
+
+def _sets(pairs: Sequence[str]) -> list[str]:
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
+# ---------------------------------------------------------------------------- brain
+
+
+def brain(args: argparse.Namespace) -> str:
+    """Collect, train, export, evaluate; return the text of the section."""
+    files = sorted((args.data / "zstack_brain").glob("*.tif"))
+    if not files:
+        raise SystemExit(f"{args.data / 'zstack_brain'}: no stacks")
+    lines = [
+        f"{len(files)} stacks of one stained human brain section (grey, 128², 29 planes at "
+        "1 µm; one scanner), split by stack; all figures are of stacks that the training did "
+        "not see (part `test`). The focus is the label: the peak of the run-time measure. A "
+        "thick section: the focus curve is a plateau of some µm.",
+        "",
+        "| looks | training | minutes | stacks | frames | not predicted | from … to, µm "
+        "| MAE ± SD, µm | median | direction | direction beyond 2 µm |",
+        "|---" * 11 + "|",
+    ]
+    texts = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "brain"
+        _, seconds = command(
+            "collect", "--from", files[0], *files[1:], "-o", data, "--step-um", 1,
+            "--slide", "section", "--json",
+        )  # fmt: skip
+        texts.append(f"collect {seconds / 60:.1f} minutes")
+        for name, looks in LOOKS.items():
+            found, took = _trained(args, Path(folder), data, looks)
+            lines.append(_brain_line(name, args, found, took))
+            print(lines[-1], flush=True)
+            for other, figures in found["baselines"].items():
+                if looks == LOOKS["one look"] or figures["mae_um"] is None:
+                    continue
+                texts.append(
+                    f"{other}: MAE {figures['mae_um']:.2f} µm, {figures['looks']:.1f} looks"
+                )
+    lines += ["", "; ".join(texts) + ".", ""]
+    lines.append(f"`python benchmarks/learned.py --part brain --net {args.net} --write`")
+    lines.append("Marks: two looks, MAE ≤ 0.45 µm, direction ≥ 99.5 % beyond 2 µm, ± 12 µm.")
+    return "\n".join(lines)
+
+
+def _brain_line(
+    name: str, args: argparse.Namespace, found: dict[str, Any], minutes: float
+) -> str:
+    low, high = found["defocus_range_um"]
+    cells = [
+        name,
+        args.net + (f", {args.minutes:g} minutes asked for" if args.minutes else ""),
+        f"{minutes:.1f}",
+        str(found["stacks"]),
+        str(found["n"]),
+        str(found["n"] - found["n_predicted"]),
+        f"{low:+.1f} … {high:+.1f}",
+        f"{number(found['mae_um'])} ± {number(found['mae_std_um'])}",
+        number(found["median_um"]),
+        share(found["direction_success"]),
+        f"{share(found['direction_success_far'])} of {found['n_far']}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _trained(
+    args: argparse.Namespace, folder: Path, data: Path, looks: Sequence[float]
+) -> tuple[dict[str, Any], float]:
+    run = folder / f"run{len(looks)}"
+    options = [f"looks_um={json.dumps(list(looks))}", f"patch_px={BRAIN_PX}"]
+    options.append(f"range_um={json.dumps(BRAIN_UM)}")
+    options += [f"max_minutes={args.minutes}"] if args.minutes else []
+    _, training = command(
+        "train", data, "--model", args.net, "-o", run, *_sets([*options, *args.set])
+    )
+    model = folder / f"brain{len(looks)}.onnx"
+    _, export = command("export", run, "-o", model)
+    out, _ = command("evaluate", model, data, "--json", "--part", "test")
+    return json.loads(out), (training + export) / 60
+
+
+# ---------------------------------------------------------------------------- metal
+
+
+def metal_dataset(source: Path, folder: Path) -> Dataset:
+    """Both fields, each cut into tiles, as a dataset; z = 0 of the files is the label."""
+    writer = DatasetWriter(folder, FocusMeasure())
+    writer.begin("metal", {"plan": None})
+    with (source / "index.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for name in sorted({r["field"] for r in rows}):
+        of_field = sorted(
+            (r for r in rows if r["field"] == name), key=lambda r: float(r["z_um"])
+        )
+        z = tuple(round(float(r["z_um"]), 4) for r in of_field)
+        images = [_read(source / r["file"]) for r in of_field]
+        side = min(min(i.shape[:2]) for i in images) // TILES
+        for k in range(TILES * TILES):
+            y, x = side * (k // TILES), side * (k % TILES)
+            stack = np.stack([i[y : y + side, x : x + side] for i in images])
+            file_name = f"stacks/{name}-{k:02d}.ome.tiff"
+            tifffile.imwrite(
+                folder / file_name,
+                stack,
+                ome=True,
+                photometric="rgb",
+                metadata={"axes": "ZYXS"},
+            )
+            writer.append(
+                Stack(
+                    folder=folder,
+                    file=file_name,
+                    slide=name,
+                    field=f"{k:02d}",
+                    z_um=z,
+                    pages=tuple(range(len(z))),
+                    shape=stack.shape,
+                    dtype="uint8",
+                    label="ok",
+                    focus_z_um=0.0,
+                    quality={"expected_error_um": 1.0},
+                    sparsity="dense",
+                    bit_depth=8,
+                    optics=optics_json(Optics(pixel_size_um=METAL_UM)),
+                )
+            )
+    return writer.dataset()
+
+
+def _read(path: Path) -> np.ndarray:
+    bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if bgr is None:
+        raise SystemExit(f"{path}: cannot be read")
+    return np.ascontiguousarray(bgr[..., ::-1])
+
+
+def _split_for(data: Dataset, learn: str) -> None:
+    """Train on one field, a quarter of its tiles for validation; test on the other."""
+    names = sorted(s.group for s in data.stacks if s.slide == learn)
+    groups = {
+        "train": tuple(n for k, n in enumerate(names) if k % 4),
+        "validation": tuple(names[::4]),
+        "test": tuple(sorted(s.group for s in data.stacks if s.slide != learn)),
+    }
+    split = Split(0, "field", {"train": 0.375, "validation": 0.125, "test": 0.5}, groups)
+    meta = {**data.meta, "split": split.to_json()}
+    (data.path / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+
+def metal(args: argparse.Namespace) -> str:
+    """Train on one field and test on the other, both ways; return the text of the section."""
+    source = args.data / "zseries_metal"
+    if not (source / "index.csv").is_file():
+        raise SystemExit(f"{source}: no index.csv")
+    start = "from scratch" if args.init is None else f"fine-tuned from `{Path(args.init).name}`"
+    lines = [
+        "Two fields of metal pads in reflected light (RGB, 1024², 11 planes each at random "
+        f"signed z within ± 50 µm), one look, `{args.net}` {start}, trained on the {TILES}² "
+        "tiles of one field and tested on the other. One plane is one prediction: the median "
+        f"of its {TILES}² tiles. 11 planes are few, and tiles of one plane are not "
+        "independent: reported as it is.",
+        "",
+        "| trained on → tested on | minutes | planes | right sign "
+        "| rank correlation (Spearman) | MAE, µm | predict 0 | right sign, single tiles |",
+        "|---" * 8 + "|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        data = metal_dataset(source, Path(folder) / "metal")
+        slides = sorted({s.slide for s in data.stacks})
+        for learn in slides:
+            _split_for(data, learn)
+            lines.append(_metal_line(args, Path(folder), data, learn))
+            print(lines[-1], flush=True)
+    lines += ["", f"`python benchmarks/learned.py --part metal --net {args.net} --write`"]
+    return "\n".join(lines)
+
+
+def _metal_line(args: argparse.Namespace, folder: Path, data: Dataset, learn: str) -> str:
+    run, model = folder / f"run-{learn}", folder / f"metal-{learn}.onnx"
+    options = [f"patch_px={METAL_PX}", "range_um=[-50, 50]"]
+    options += [f"max_minutes={args.minutes}"] if args.minutes else []
+    options += [f"init={args.init}"] if args.init else []
+    _, seconds = command(
+        "train", data.path, "--model", args.net, "-o", run, *_sets([*options, *args.set])
+    )
+    command("export", run, "-o", model)
+    test = Dataset.open(data.path).part("test")
+    found = evaluate(load_model(model), test, zero=False, range_um=(-51.0, 51.0))
+    planes: dict[int, list[Any]] = {}
+    for row in found.model.rows:
+        planes.setdefault(row.plane, []).append(row)
+    true = np.array([rows[0].true_um for rows in planes.values()])
+    said = np.array(
+        [
+            np.median([0.0 if r.predicted_um is None else r.predicted_um for r in rows])
+            for rows in planes.values()
+        ]
+    )
+    right = int((np.sign(said) == np.sign(true)).sum())
+    rho, p = spearmanr(said, true)
+    single = replace(found).to_json()["direction_success"]
+    other = test[0].slide
+    return (
+        f"| {learn} → {other} | {seconds / 60:.1f} | {len(true)} | {right} of {len(true)} | "
+        f"{rho:.2f} (p = {p:.2g}) | {np.abs(said - true).mean():.1f} | "
+        f"{np.abs(true).mean():.1f} | {100 * single:.0f} % |"
+    )

@@ -1,0 +1,228 @@
+"""The paper's protocol on virtual slides, with everybody on the same frames."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mm_autofocus.models.importing import load_model
+from mm_autofocus.training import merit
+from mm_autofocus.training.baselines import HillClimb, grid_median
+from mm_autofocus.training.evaluate import Evaluation, evaluate
+from mm_autofocus.training.evaluation_table import CLASSES as NAMES
+from mm_autofocus.training.evaluation_table import number, share
+from mm_autofocus.training.judges import Judge, ModelJudge
+from mm_autofocus.training.merit import Row
+
+from _virtual_stacks import CLASSES, VirtualStack, stacks
+
+DOF_UM = 0.98
+HALF_UM = 25.0
+ONE, TWO = "one look", "two looks"
+MARKS: dict[str, list[tuple[str, str, float]]] = {
+    ONE: [
+        ("dense", "mae_um", 0.37),
+        ("sparse", "mae_um", 0.51),
+        ("extremely-sparse", "mae_um", 0.60),
+        *((c, "direction_success", 0.999) for c in CLASSES),
+        ("dense", "dof", 0.95),
+        ("extremely-sparse", "dof", 0.85),
+    ],
+    TWO: [
+        ("dense", "mae_um", 0.25),
+        ("sparse", "mae_um", 0.35),
+        ("extremely-sparse", "mae_um", 0.45),
+        *((c, "direction_success", 0.9995) for c in CLASSES),
+    ],
+}
+EDGES = (0.0, 1.0, 2.5, 5.0, 10.0, 15.0, 20.0, 25.01)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Judge the models; return the text of the section."""
+    model = load_model(args.model)
+    judges: dict[str, Judge] = {}
+    every: dict[str, int] = {}
+    looks = set(model.card.looks_um)
+    if args.two_look:
+        judges[TWO] = ModelJudge(load_model(args.two_look))
+        looks |= set(judges[TWO].looks_um)
+    judges["grid median"] = grid_median(model)
+    every["grid median"] = args.every
+    if args.resnet:
+        judges["resnet, grid median"] = grid_median(load_model(args.resnet))
+        every["resnet, grid median"] = args.every
+    start = time.perf_counter()
+    found = evaluate(
+        model,
+        _told(
+            stacks(
+                args.fields,
+                planes=args.planes,
+                side=args.frame,
+                textures=args.data / "textures",
+                looks_um=sorted(looks),
+                half_um=HALF_UM,
+                cache=args.cache,
+            ),
+            3 * args.fields,
+            start,
+        ),
+        dof_um=DOF_UM,
+        judges=judges,
+        searches={"hill-climb": HillClimb(starts=args.starts)},
+        every=every,
+        range_um=(-HALF_UM, HALF_UM),
+    )
+    return _section(found, args, time.perf_counter() - start)
+
+
+def _told(some: Iterator[VirtualStack], total: int, start: float) -> Iterator[VirtualStack]:
+    for k, stack in enumerate(some, 1):
+        seconds = time.perf_counter() - start
+        print(f"{k}/{total}  {stack.group}, {stack.sparsity}  {seconds:.0f} s", flush=True)
+        yield stack
+
+
+def _section(found: Evaluation, args: argparse.Namespace, seconds: float) -> str:
+    people = {ONE: found.model, **found.baselines}
+    kinds = sorted({r.field.partition("/")[0] for r in found.model.rows})
+    lines = [
+        f"**Simulated.** {found.stacks} fields, each on a virtual slide, under a lens and in "
+        "front of a camera of its own, drawn from the ranges in `mm_autofocus/sim/draws.py` "
+        f"with seeds that training does not use ({', '.join(kinds)}; tiatoolbox and tcgafocus "
+        "are pictures of real H&E sections, the others are drawn by the simulator). Frames of "
+        f"{args.frame}² pixels, 20×/0.75, with the camera's noise; {args.planes} planes over ± "
+        f"{HALF_UM:g} µm of the focus by Brenner's measure on noiseless images. Depth of field "
+        f"{DOF_UM} µm. In brackets: 95 % of the MAE by drawing fields (bootstrap). A frame "
+        "without a prediction is not in the MAE and counts as wrong in the rest.",
+        "",
+        f"`python benchmarks/learned.py --part virtual-slide --model {Path(args.model).name}"
+        + (f" --two-look {Path(args.two_look).name}" if args.two_look else "")
+        + (f" --resnet {Path(args.resnet).name}" if args.resnet else "")
+        + f" --fields {args.fields} --write` ({seconds / 60:.0f} minutes)",
+        "",
+        "| who | fields | frames | MAE ± SD, µm | median | ≤ DoF | ≤ DoF/2 | ≤ DoF/3 "
+        "| direction | not predicted | flagged | looks |",
+        "|---" * 12 + "|",
+    ]
+    for c in CLASSES:
+        for who, judged in people.items():
+            rows = [r for r in judged.rows if r.sparsity == c]
+            if rows:
+                lines.append(_line(who, c, rows))
+    lines += ["", *_marks(people), "", *_against_defocus(people), "", *_kinds(people)]
+    known = merit.calibration(found.model.rows)
+    if known is not None:
+        within = ", ".join(f"{share(v)} within {k} ×" for k, v in known["within"].items())
+        lines += ["", f"Expected errors of `{ONE}`: {within}."]
+    return "\n".join(lines)
+
+
+def _line(who: str, sparsity: str, rows: Sequence[Row]) -> str:
+    m = merit.merit(rows, DOF_UM)
+    cover = merit.coverage(rows)
+    between = merit.interval(rows, _mae)
+    extent = "" if between is None else f" ({between[0]:.2f} … {between[1]:.2f})"
+    direction = "–" if who == "zero" else _fine(m["direction_success"])
+    cells = [
+        who,
+        NAMES[sparsity.replace("-", "_")],
+        str(m["n"]),
+        f"{number(m['mae_um'])} ± {number(m['mae_std_um'])}{extent}",
+        number(m["median_um"]),
+        *(share(v) for v in m["dof_accuracy"].values()),
+        direction,
+        str(cover["missing"]),
+        str(cover["flagged"]),
+        f"{m['looks']:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _mae(rows: Sequence[Row]) -> float | None:
+    """Mean absolute error alone: the interval asks for it some hundred times."""
+    errors = [abs(e) for r in rows if (e := r.error_um) is not None]
+    return float(np.mean(errors)) if errors else None
+
+
+def _fine(value: float | None) -> str:
+    """Two digits: the marks for the direction need them."""
+    return "–" if value is None else f"{np.floor(1e4 * value) / 100:.2f} %"
+
+
+def _marks(people: dict[str, Any]) -> list[str]:
+    lines = ["| mark | fields | asked for | found | reached |", "|---|---|---|---|---|"]
+    texts = {"mae_um": "MAE", "direction_success": "direction", "dof": "≤ DoF"}
+    for who, marks in MARKS.items():
+        if who not in people:
+            continue
+        for c, what, limit in marks:
+            rows = [r for r in people[who].rows if r.sparsity == c]
+            if not rows:
+                continue
+            m = merit.merit(rows, DOF_UM)
+            value = m["dof_accuracy"]["1"] if what == "dof" else m[what]
+            if what == "mae_um":
+                sign = "<" if who == ONE else "≤"
+                good = value is not None and (value < limit or (sign == "≤" and value == limit))
+                asked, shown = f"{sign} {limit:.2f} µm", f"{number(value, 3)} µm"
+            else:
+                good = value is not None and value >= limit
+                asked, shown = f"≥ {100 * limit:g} %", _fine(value)
+            name = NAMES[c.replace("-", "_")]
+            verdict = "yes" if good else "**no**"
+            lines.append(f"| {who}, {texts[what]} | {name} | {asked} | {shown} | {verdict} |")
+    return lines
+
+
+def _against_defocus(people: dict[str, Any]) -> list[str]:
+    heads = [f"{a:g}–{round(b, 1):g}" for a, b in pairwise(EDGES)]
+    lines = [
+        "MAE (µm), and in brackets wrong directions of all frames, against |defocus| (µm):",
+        "",
+        f"| who | fields | {' | '.join(heads)} |",
+        "|---" * (len(heads) + 2) + "|",
+    ]
+    for who, judged in people.items():
+        if who == "zero":
+            continue
+        for c in CLASSES:
+            rows = [r for r in judged.rows if r.sparsity == c]
+            cells = []
+            for low, high in pairwise(EDGES):
+                some = [r for r in rows if low <= abs(r.true_um) < high]
+                m = merit.merit(some, DOF_UM)
+                wrong = round((1 - (m["direction_success"] or 0)) * len(some))
+                cells.append(f"{number(m['mae_um'])} ({wrong}/{len(some)})" if some else "–")
+            if rows:
+                name = NAMES[c.replace("-", "_")]
+                lines.append(f"| {who} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _kinds(people: dict[str, Any]) -> list[str]:
+    """By what the slide shows."""
+    lines = [
+        "| who | specimen | frames | MAE ± SD, µm | ≤ DoF | direction |",
+        "|---|---|---|---|---|---|",
+    ]
+    for who in (ONE, TWO):
+        if who not in people:
+            continue
+        kinds: dict[str, list[Row]] = {}
+        for r in people[who].rows:
+            kinds.setdefault(r.field.partition("/")[0], []).append(r)
+        for kind, rows in sorted(kinds.items()):
+            m = merit.merit(rows, DOF_UM)
+            lines.append(
+                f"| {who} | {kind} | {m['n']} | {number(m['mae_um'])} ± "
+                f"{number(m['mae_std_um'])} | {share(m['dof_accuracy']['1'])} | "
+                f"{_fine(m['direction_success'])} |"
+            )
+    return lines

@@ -1,0 +1,196 @@
+"""Z-stacks of virtual slides that no training has seen, each under a lens of its own.
+
+The draws are those of `mm_autofocus.sim.draws`, with the seeds kept for benchmarks. The focus
+is the simulator's own: where Brenner's measure of the noiseless image is largest. What the
+model is shown are frames of the camera, noise, dust, shading and rounding included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mm_autofocus.errors import InputError
+from mm_autofocus.sim.draws import BENCHMARK_SEEDS, draw
+from mm_autofocus.sim.microscope import SENSORS, Microscope
+from mm_autofocus.sim.slide import SlideSettings, Sparsity, load_picture
+from mm_autofocus.sim.truth import measured_focus_um
+from mm_autofocus.types import Optics
+
+CLASSES: tuple[Sparsity, ...] = ("dense", "sparse", "extremely-sparse")
+PICTURES = ("tiatoolbox_target_image.png", "tcgafocus_32381_sharp.png")
+# Neighbouring seeds share some of their noise.
+SPACING = 20
+QUALITY = "standard"
+PIXEL_UM = 0.325
+
+
+@dataclass(frozen=True)
+class Place:
+    """One field: which slide, and what kind of field on it."""
+
+    seed: int
+    kind: str
+    picture: str
+    sparsity: Sparsity
+
+    @property
+    def name(self) -> str:
+        """For the table: tissue, smear, or the name of the picture."""
+        return Path(self.picture).stem.partition("_")[0] if self.picture else self.kind
+
+
+def places(n: int, textures: Path) -> list[Place]:
+    """`n` fields of each class, each on a slide of its own, kinds in turn."""
+    pictures = [str(textures / p) for p in PICTURES if (textures / p).is_file()]
+    kinds = [("tissue", ""), ("picture", pictures[0] if pictures else ""), ("smear", "")]
+    kinds.append(("picture", pictures[-1] if pictures else ""))
+    return [
+        Place(BENCHMARK_SEEDS[SPACING * (len(CLASSES) * j + i)], *kinds[j % len(kinds)], c)
+        for j in range(n)
+        for i, c in enumerate(CLASSES)
+    ]
+
+
+@dataclass
+class VirtualStack:
+    """A stack that is rendered when it is first looked at (`training.judges.Planes`).
+
+    Attributes
+    ----------
+    place : Place
+        Where.
+    z_um : sequence of float
+        Of each plane, relative to the measured focus.
+    side : int
+        Edge of the frame in pixels.
+    folder : Path | None
+        Where rendered frames are kept.
+    """
+
+    place: Place
+    z_um: Sequence[float]
+    side: int
+    folder: Path | None = None
+    truth: Mapping[str, Any] | None = None
+    bit_depth: int = 8
+    dtype: str = "uint8"
+    _frames: Any = field(default=None, repr=False)
+
+    @property
+    def group(self) -> str:
+        return f"{self.place.name}/{self.place.seed}"
+
+    @property
+    def sparsity(self) -> str:
+        return self.place.sparsity
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.z_um), self.side, self.side, 3)
+
+    @property
+    def defocus_um(self) -> np.ndarray:
+        return np.asarray(self.z_um, float)
+
+    def known_optics(self) -> Optics:
+        return Optics(na=0.75, magnification=20.0, pixel_size_um=PIXEL_UM)
+
+    def plane(self, k: int) -> np.ndarray:
+        return np.asarray(self.load()[k])
+
+    def planes(self) -> Iterator[tuple[float, np.ndarray]]:
+        yield from zip(self.z_um, self.load(), strict=True)
+
+    def load(self) -> np.ndarray:
+        if self._frames is None:
+            file = None if self.folder is None else self.folder / f"{self._key()}.npy"
+            if file is not None and file.is_file():
+                self._frames = np.load(file)
+            else:
+                self._frames = self._render()
+                if file is not None:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    temporary = file.with_suffix(".new.npy")
+                    np.save(temporary, self._frames)
+                    temporary.replace(file)
+        return self._frames
+
+    def _key(self) -> str:
+        drawn = draw(self.place.seed, self.place.kind, picture=self.place.picture).to_json()
+        facts = [drawn, self.place.sparsity, list(self.z_um), self.side, QUALITY, 2]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+    def _render(self) -> np.ndarray:
+        drawn = draw(self.place.seed, self.place.kind, picture=self.place.picture)
+        scope = Microscope()
+        scope.sensor = f"{self.side}x{self.side}"
+        scope.set_quality(QUALITY)
+        drawn.apply(scope)
+        field_um = (self.side * PIXEL_UM,) * 2
+        # Pictures are repeated in mirrored tiles: begin in the middle of one.
+        picture = self.place.kind == "picture"
+        middle = _middle_um(scope.slide_settings) if picture else (0.0, 0.0)
+        ((x, y),) = scope.slide.find_fields(self.place.sparsity, 1, field_um, start=middle)
+        view = scope.view(x, y)
+        focus = measured_focus_um(scope, view=view)
+        if focus is None:
+            raise InputError(f"{self.group}: the field is blank")
+        out = np.empty(self.shape, np.uint8)
+        for k, z in enumerate(self.z_um):
+            out[k] = scope.camera.expose(
+                scope.renderer.image(view, focus + z),
+                dose=drawn.dose,
+                frame=k,
+                bit_depth=8,
+                sensor=SENSORS[scope.sensor],
+                roi=scope.window,
+            )
+        return out
+
+
+def _middle_um(settings: SlideSettings) -> tuple[float, float]:
+    """Middle of the first tile of a picture, x and y."""
+    _, height, width = load_picture(settings.picture).shape
+    return tuple(settings.picture_um_per_px * (n - 1) / 2 for n in (width, height))
+
+
+def stacks(
+    n: int,
+    *,
+    planes: int,
+    side: int,
+    textures: Path,
+    looks_um: Sequence[float] = (0.0,),
+    half_um: float = 25.0,
+    cache: Path | None = None,
+) -> Iterator[VirtualStack]:
+    """Stacks of `planes` over ± `half_um`, and beyond as far as further looks reach.
+
+    A slide without a field of the class gives way to the one with the next seed.
+    """
+    step = 2 * half_um / (planes - 1)
+    below = math.ceil(max(0.0, -min(looks_um)) / step - 1e-9)
+    above = math.ceil(max(0.0, *looks_um) / step - 1e-9)
+    z = [round((k - (planes - 1) / 2) * step, 6) for k in range(-below, planes + above)]
+    for place in places(n, textures):
+        for other in count():
+            seed = place.seed + other
+            try:
+                stack = VirtualStack(
+                    Place(seed, place.kind, place.picture, place.sparsity), z, side, cache
+                )
+                stack.load()
+            except InputError:
+                if other == SPACING - 1:
+                    raise
+                continue
+            yield stack
+            break

@@ -1,0 +1,272 @@
+"""``mm-autofocus evaluate``: what the options ask for, checked, carried out and shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mm_autofocus.console import make_console
+from mm_autofocus.errors import HardwareError, InputError
+from mm_autofocus.models.importing import load_model
+from mm_autofocus.training.baselines import HillClimb, grid_median
+from mm_autofocus.training.dataset import Dataset
+from mm_autofocus.training.evaluate import Evaluation, evaluate
+from mm_autofocus.training.evaluation_table import HEADS, sentences, table_of
+from mm_autofocus.training.judges import check_stack
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mm_autofocus.models.card import ModelCard
+    from mm_autofocus.training.judges import Judge, Search
+    from mm_autofocus.training.stack import Stack
+
+__all__ = ["BASELINES", "evaluate_model", "print_evaluation"]
+
+BASELINES = ("zero", "hill-climb", "grid-median")
+"""Baselines by name; any other name is that of a model."""
+
+ALL = "all"
+
+
+def evaluate_model(
+    model: str,
+    dataset: Path,
+    *,
+    part: str | None = None,
+    baselines: Sequence[str] | None = None,
+    limit: int | None = None,
+    truth: bool = False,
+    card: Path | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Evaluation:
+    """Judge a model by a dataset, and write the report.
+
+    Parameters
+    ----------
+    model : str
+        A name or a path, as for `load_model`.
+    dataset : path
+        Its folder.
+    part : str, optional
+        ``train``, ``validation`` or ``test`` of the split that is written down, or
+        ``all``; default: ``test`` if there is a split, else all.
+    baselines : sequence of str, optional
+        Of :data:`BASELINES`, or models, which are asked for the plain median over the
+        grid; ``none`` for none. Default: :data:`BASELINES`.
+    limit : int, optional
+        At most so many stacks, spread evenly over the part.
+    truth : bool
+        Compare with what the simulator knows, not with the labels.
+    card : path, optional
+        Card of the model, where it has none.
+    output : path, optional
+        Folder for ``evaluation.json``, ``report.html`` and the plots.
+    overwrite : bool
+        Whether these may be replaced.
+    quiet : bool
+        No progress bar.
+
+    Raises
+    ------
+    InputError
+        Of the options, the model or the dataset; nothing was written.
+    """
+    if output is not None:
+        _check_output(output, overwrite)
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit: {limit} is not allowed: must be 1 or more")
+    judged = load_model(model, card=card)
+    judges, searches, zero = _baselines(baselines, judged)
+    data = Dataset.open(dataset)
+    stacks, name, notes = _stacks(data, part, judged.card)
+    if limit is not None and limit < len(stacks):
+        notes.append(f"{limit} of {len(stacks)} stacks, spread evenly (--limit).")
+        chosen = np.linspace(0, len(stacks) - 1, limit).round().astype(int)
+        stacks = [stacks[i] for i in chosen]
+    for stack in stacks:  # before the first of them takes its time
+        check_stack(judged, stack)
+    with _progress(len(stacks), quiet) as on_stack:
+        found = evaluate(
+            judged,
+            stacks,
+            truth="simulator" if truth else "label",
+            judges=judges,
+            searches=searches,
+            zero=zero,
+            on_stack=on_stack,
+        )
+    skipped = sum(s.skipped for s in searches.values() if isinstance(s, HillClimb))
+    if skipped:
+        notes.append(f"hill-climb: not replayed on {skipped} stacks of uneven planes.")
+    simulated = sum(s.truth is not None for s in stacks)
+    if simulated:
+        notes.append(
+            f"{simulated} of {len(stacks)} stacks are of the virtual slide: simulated."
+        )
+    found.notes = notes
+    found.about = {
+        "model": judged.card.name,
+        "architecture": judged.card.architecture,
+        "sha256": judged.card.sha256,
+        "looks_um": list(judged.card.looks_um),
+        "z_range_um": list(judged.card.z_range_um),
+        "dataset": str(dataset),
+        "part": name,
+        "simulated": bool(simulated),
+        "label_error_um": _label_error(stacks),
+    }
+    if output is not None:
+        _write(found, output, stacks)
+    return found
+
+
+def print_evaluation(found: Evaluation, console: Console) -> None:
+    """Print the figures as an operator reads them."""
+    from rich.table import Table
+
+    about = found.about
+    dof = "not known" if found.dof_um is None else f"{found.dof_um:.2f} µm"
+
+    def line(text: str, style: str = "") -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False, style=style)
+
+    line(
+        f"{about['model']} on {about['dataset']} ({about['part']}): {found.stacks} stacks; "
+        f"depth of field {dof}; compared with the {found.truth}'s focus"
+    )
+    for note in found.notes:
+        line(f"! {note}", "yellow")
+    table = Table()
+    for k, head in enumerate(HEADS):
+        table.add_column(head, justify="left" if k < 2 else "right", no_wrap=True)
+    previous = None
+    for row in table_of(found):
+        if previous not in (None, row[1]):
+            table.add_section()
+        previous = row[1]
+        table.add_row(*row)
+    console.print(table)
+    for sentence in sentences(found.to_json()):
+        line(sentence)
+
+
+def _stacks(
+    data: Dataset, part: str | None, card: ModelCard
+) -> tuple[list[Stack], str, list[str]]:
+    """The stacks to judge by, the name of their part, and what a reader must know of it."""
+    notes = []
+    split = data.written_split
+    if part is None:
+        part = "test" if split is not None and "test" in split.groups else ALL
+        if part == ALL:
+            notes.append(
+                "The dataset has no split with a part 'test': all its labelled stacks are used."
+            )
+    stacks = data.labelled if part == ALL else data.part(part)
+    if not stacks:
+        raise InputError(f"{data.path}: the part {part!r} has no labelled stack")
+    if _learned_from(card, data) and part in (ALL, "train"):
+        notes.append(
+            "By its card, the model was trained on this dataset: these stacks are among those "
+            "it learned from, and the errors on others will be larger."
+        )
+    elif part == "train":
+        notes.append("The part 'train': if the model learned from it, this is no test.")
+    refused = len(data) - len(data.labelled)
+    if refused and part == ALL:
+        notes.append(f"{refused} stacks have no label and cannot be used.")
+    return list(stacks), part, notes
+
+
+def _label_error(stacks: Sequence[Stack]) -> float | None:
+    """What the labels say of their own error, in the median."""
+    errors = [e for s in stacks if (e := s.expected_error_um) is not None]
+    return float(np.median(errors)) if errors else None
+
+
+def _learned_from(card: ModelCard, data: Dataset) -> bool:
+    """Whether the card names this dataset as its training's."""
+    here = {str(data.path), str(data.path.resolve()), data.path.resolve().name}
+    named = {str(card.training.get(key, "")) for key in ("dataset", "data", "path")}
+    return bool(here & named) or str(data.path.resolve()) in json.dumps(card.training)
+
+
+def _baselines(
+    names: Sequence[str] | None, model: Any
+) -> tuple[dict[str, Judge], dict[str, Search], bool]:
+    names = names or BASELINES
+    if "none" in names:
+        if len(names) > 1:
+            raise InputError("--baseline: 'none' and others are not allowed together")
+        return {}, {}, False
+    judges: dict[str, Judge] = {}
+    searches: dict[str, Search] = {}
+    for name in names:
+        if name == "grid-median":
+            judges["grid-median"] = grid_median(model)
+        elif name == "hill-climb":
+            searches[name] = HillClimb()
+        elif name != "zero":
+            try:
+                other = load_model(name)
+            except InputError as e:
+                known = ", ".join((*BASELINES, "none"))
+                raise InputError(f"--baseline: {e} (or one of {known})") from None
+            judges[f"{other.card.name}, grid median"] = grid_median(other)
+    return judges, searches, "zero" in names
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = make_console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda done: None
+        return
+    bar = Progress(
+        "stacks", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+    with bar:
+        task = bar.add_task("stacks", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+# ------------------------------------------------------------------------------ output
+
+FILES = ("evaluation.json", "report.html")
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, not a folder")
+    if not folder.absolute().parent.is_dir():
+        raise InputError(f"{folder.absolute().parent}: no such folder")
+    taken = next((folder / name for name in FILES if (folder / name).exists()), None)
+    if taken is not None and not overwrite:
+        raise InputError(f"{taken}: exists already; use --overwrite or another name")
+
+
+def _write(found: Evaluation, folder: Path, stacks: Sequence[Stack]) -> None:
+    from mm_autofocus.training.evaluation_report import plots, report_page
+
+    try:
+        folder.mkdir(exist_ok=True)
+        document = json.dumps(found.to_json(), indent=1, ensure_ascii=False)
+        (folder / "evaluation.json").write_text(document + "\n", encoding="utf-8")
+        pictures = plots(found)
+        for name, data in pictures.items():
+            (folder / f"{name}.png").write_bytes(data)
+        text = report_page(found, pictures, stacks)
+        (folder / "report.html").write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise HardwareError(f"{folder}: cannot be written ({e.strerror})") from e
