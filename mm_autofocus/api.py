@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mm_autofocus.drive import drive
 from mm_autofocus.errors import AutofocusError, HardwareError, InputError
-from mm_autofocus.hooks.checks import check_looks, check_plan, stage_limits_um
+from mm_autofocus.hooks.checks import (
+    check_looks,
+    check_plan,
+    prepare_strategy,
+    stage_limits_um,
+)
 from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.pymmcore import AutofocusEngine
 from mm_autofocus.hooks.rig import CoreRig
@@ -46,7 +51,8 @@ class RunResult:
     positions : int
         Places visited, tiles of a grid counted one by one.
     exposures : int
-        Frames and looks together: the light that the specimen saw.
+        Frames, those taken again after a correction, and looks together: the light that
+        the specimen saw.
     records : list of dict
         One per search (see `hooks.ledger.Ledger.enter`).
     cancelled : bool
@@ -103,6 +109,8 @@ _RECORD_KEYS = (
     "expected_error_um",
     "score",
     "time_s",
+    "verified",
+    "corrections",
 )
 
 
@@ -195,7 +203,7 @@ def run(
         frames=ours.frames if sink is None else sink.frames_written,
         missing=ours.missing,
         positions=len(seen),
-        exposures=ours.frames + sum(r["looks"] for r in ours.records),
+        exposures=ours.frames + sum(r["looks"] + r.get("corrections", 0) for r in ours.records),
         records=list(ours.records),
         cancelled=str(core.mda.status.finish_reason) == "canceled",
     )
@@ -314,12 +322,13 @@ def autofocus(
     parsed = parse_settings({**given, **overrides}, where="autofocus")
     check_looks(core, parsed)
     rig = CoreRig(core, parsed)
-    ledger = Ledger(parsed, rig.position_um(), stage_limits_um=stage_limits_um(core))
+    ledger = Ledger(parsed, rig.at_rest_um(), stage_limits_um=stage_limits_um(core))
     ledger.check_home(ledger.z_run_start_um, "the focus stage stands where it may not")
-    request = ledger.request(Place({}, None), core.getPixelSizeUm())
+    request = ledger.request(Place({}, None), rig.pixel_size_um())
     chosen = build_strategy(parsed)
     if chosen is None or parsed.strategy == "hardware":
         raise InputError(
             "strategy: 'hardware' is the core's own: call core.fullFocus(), or use it in a plan"
         )
+    prepare_strategy(core, parsed, chosen)
     return drive(chosen, request, rig, backlash_um=parsed.backlash_um, on_look=on_look)

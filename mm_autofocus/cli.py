@@ -16,6 +16,7 @@ import typer
 import yaml
 
 import mm_autofocus
+from mm_autofocus import models_cli
 from mm_autofocus.errors import AutofocusError, InputError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.add_typer(models_cli.app, name="models")
 
 _state = {"debug": False}
 
@@ -87,6 +89,9 @@ def run(
     config: Annotated[str, typer.Option(help="Micro-Manager .cfg, or a shipped one by name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="*.ome.tiff to write.")],
     strategy: StrategyName = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="Settings that calibrate wrote; replace the plan's.")
+    ] = None,
     set_: Sets = None,
     overwrite: Overwrite = False,
     split_positions: Annotated[
@@ -99,9 +104,11 @@ def run(
     from mm_autofocus.config import close_core, open_core
     from mm_autofocus.ometiff import OmeTiffSink
     from mm_autofocus.plan import load_plan
+    from mm_autofocus.settings_file import read_settings
     from mm_autofocus.shown import run_shown
 
-    sequence = load_plan(plan, strategy=strategy, overrides=parse_sets(set_))
+    given = {} if settings is None else read_settings(settings)
+    sequence = load_plan(plan, strategy=strategy, overrides={**given, **parse_sets(set_)})
     options: dict[str, Any] = {
         "overwrite": overwrite,
         "split_positions": split_positions,
@@ -196,6 +203,7 @@ def replay(
             "reason": result.reason,
             "strategy": result.strategy,
             "curve": [list(p) for p in result.curve],
+            "details": result.details,
         }
         if json_:
             _print_json(row, indent=None)
@@ -221,7 +229,7 @@ def collect(
     ] = None,
     from_: Annotated[
         list[Path] | None,
-        typer.Option("--from", help="A recorded stack (repeatable), instead of a plan."),
+        typer.Option("--from", help="A recorded stack or a dataset (repeatable), not a plan."),
     ] = None,
     more: Annotated[
         list[Path] | None, typer.Argument(help="Further recorded stacks.", hidden=True)
@@ -271,6 +279,181 @@ def collect(
     else:
         typer.echo(collected.sentence())
     raise typer.Exit(0 if collected.run is None else collected.run.exit_code)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model by name, *.onnx, or module:object.")],
+    dataset: Annotated[Path, typer.Argument(help="Folder of a dataset.")],
+    part: Annotated[
+        str | None,
+        typer.Option(help="test, validation, train or all; default: test, if it is split."),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="zero, hill-climb, grid-median, none, or another model (repeatable); "
+            "default: the first three."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for report, plots and JSON.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many stacks.")] = None,
+    truth: Annotated[
+        bool, typer.Option("--truth", help="Compare with the simulator's truth, not labels.")
+    ] = False,
+    card: Annotated[Path | None, typer.Option(help="Card of a model that has none.")] = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Judge a model by a dataset, beside its baselines."""
+    from mm_autofocus.console import make_console
+    from mm_autofocus.evaluating import evaluate_model, print_evaluation
+
+    found = evaluate_model(
+        model,
+        dataset,
+        part=part,
+        baselines=baseline,
+        limit=limit,
+        truth=truth,
+        card=card,
+        output=output,
+        overwrite=overwrite,
+        quiet=json_,
+    )
+    if json_:
+        _print_json(found.to_json())
+    else:
+        print_evaluation(found, make_console())
+        if output is not None:
+            typer.echo(f"report: {output / 'report.html'}")
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(help="Folder of a dataset.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run.")],
+    model: Annotated[
+        str | None, typer.Option(help="sparsefocus, pg-dcn, resnet or convnext.")
+    ] = None,
+    looks: Annotated[
+        str | None, typer.Option(help="Offsets of the looks in µm, for example 0,4.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
+    set_: Sets = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+    json_: Json = False,
+) -> None:
+    """Train a net on a dataset."""
+    from mm_autofocus.training_cli import train_shown
+
+    result = train_shown(
+        dataset,
+        output,
+        model=model,
+        looks=looks,
+        config=config,
+        sets=parse_sets(set_),
+        resume=resume,
+    )
+    if json_:
+        _print_json(result)
+    else:
+        v = result["validation"]
+        typer.echo(
+            f"{result['run']}: validation MAE {v['mae_um']:.3f} µm, right direction "
+            f"{100 * v['dss']:.2f} %; report: {result['report']}"
+        )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="*.onnx to write.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="Where the dataset is; default: where it was.")
+    ] = None,
+    keep: Annotated[str, typer.Option(help="best or last.")] = "best",
+    licence: Annotated[str, typer.Option(help="Of the data, for the card.")] = "not stated",
+    pixel_tolerance: Annotated[
+        float, typer.Option(help="Relative difference in pixel size to allow.")
+    ] = 0.1,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Export a trained net as ONNX, with its card inside."""
+    from mm_autofocus.training.export import export as export_run
+
+    result = export_run(
+        run,
+        output,
+        dataset=dataset,
+        name=name,
+        keep=keep,
+        licence=licence,
+        pixel_tolerance=pixel_tolerance,
+        overwrite=overwrite,
+    )
+    if json_:
+        _print_json(result)
+    else:
+        typer.echo(
+            f"{result['model']}: {result['size_mb']:.1f} MB, differs from torch by at most "
+            f"{result['parity_um']:.2g} µm"
+        )
+
+
+@app.command()
+def calibrate(
+    dataset: Annotated[
+        Path | None, typer.Argument(help="Folder of a dataset; with --plan, is written.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Micro-Manager .cfg: measure its stage, too.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A useq plan with z-stacks, to take them first.")
+    ] = None,
+    slide: Annotated[str, typer.Option(help="Name of the slide of the plan.")] = "slide",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="*.yaml to write the settings to.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="*.html to write a report to.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A trained model, to be named in the settings.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the test of the sign.")] = 0,
+    set_: Sets = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Measure depth of field, stage and channels, and recommend how to focus."""
+    from mm_autofocus.calibrating import calibrate_microscope
+
+    found = calibrate_microscope(
+        dataset,
+        config,
+        plan=plan,
+        slide=slide,
+        output=output,
+        report=report,
+        overwrite=overwrite,
+        model=model,
+        sets=parse_sets(set_),
+        seed=seed,
+        progress=lambda what: None if json_ else typer.echo(f"{what} …", err=True),
+        as_json=json_,
+        debug=_state["debug"],
+    )
+    if json_:
+        _print_json(found.to_json())
+    else:
+        for line in found.lines():
+            typer.echo(line)
+    raise typer.Exit(found.exit_code)
 
 
 def parse_sets(pairs: list[str] | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mm_autofocus.training.collect import Collected, Collection, StackTruth, mea
 from mm_autofocus.training.joined import add_datasets, is_dataset
 from mm_autofocus.training.recorded import add_recorded
 
-__all__ = ["collect_plan", "collect_recorded"]
+__all__ = ["collect_plan", "collect_recorded", "collect_with"]
 
 
 def collect_plan(
@@ -50,13 +50,20 @@ def collect_plan(
     collection = Collection(plan, output, slide=slide, optics=optics, settings=sets)
     core = open_core(config)
     try:
-        return collection.run(
-            core,
-            truth=_truth(core),
-            run=partial(_shown, as_json=as_json, debug=debug),
-        )
+        return collect_with(core, collection, as_json=as_json, debug=debug)
     finally:
         close_core(core)
+
+
+def collect_with(
+    core: Any, collection: Collection, *, as_json: bool = False, debug: bool = False
+) -> Collected:
+    """Run a collection on an open core, and show it; with the truth of a virtual one."""
+    return collection.run(
+        core,
+        truth=_truth(core),
+        run=partial(_shown, as_json=as_json, debug=debug),
+    )
 
 
 def collect_recorded(

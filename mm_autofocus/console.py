@@ -105,6 +105,7 @@ class RunDisplay:
         """Listen to an engine."""
         self._engine = engine
         engine.signals.finished.connect(self._finished)
+        engine.signals.verified.connect(self._verified)
 
     def frame(self) -> None:
         """One more frame was taken."""
@@ -134,6 +135,19 @@ class RunDisplay:
                 f"{record['position']}: z {record['z_before_um']:.2f} → "
                 f"{record['z_after_um']:.2f} µm, {record['looks']} looks, "
                 f"{record['status']}{why}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        self._refresh()
+
+    def _verified(self, record: dict[str, Any]) -> None:
+        again = record.get("corrections")  # none where a shadow looked on
+        if again and self._live is None and not self.quiet:
+            self.console.print(
+                f"{record['position']}: its frame was out of focus, taken again at z "
+                f"{record['z_after_um']:.2f} µm, {record['status']}"
+                if record["details"]["verification"]["kept"]
+                else f"{record['position']}: its frame was taken again, the first was better",
                 highlight=False,
                 soft_wrap=True,
             )

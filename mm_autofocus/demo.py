@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_autofocus.console import COLUMNS, make_console, tile_table
 from mm_autofocus.errors import InputError
+from mm_autofocus.predictions import cells, columns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,6 +63,10 @@ class Tile:
     true_defocus_um: float | None
     focus_um: float | None
     dof_um: float
+
+
+_MODELS = {"one-shot": "sparsefocus-slide20x", "two-look": "sparsefocus-slide20x-two-look"}
+"""Models that ship for the virtual slide, by the strategy that they are for."""
 
 
 def demo_plan() -> dict[str, Any]:
@@ -122,7 +127,8 @@ def run_demo(
     from mm_autofocus.shown import run_shown
     from mm_autofocus.sim.truth import microscope_of
 
-    sequence = load_plan(demo_plan(), strategy=strategy, overrides=overrides)
+    own = {} if "model" in overrides else _own_model(strategy)
+    sequence = load_plan(demo_plan(), strategy=strategy, overrides={**own, **overrides})
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -137,7 +143,10 @@ def run_demo(
         saved: dict[int, tuple[Exposure, float]] = {}
 
         def keep(_: Any, event: Any, meta: Any) -> None:
-            saved[event.index["p"]] = scope.exposures[-1], meta["position"]["z"]
+            # of several exposures of one frame, the one that was kept
+            proof = meta["mm_autofocus"]["details"].get("verification", {})
+            dropped = len(proof.get("frames", [0])) - 1 - proof.get("kept", 0)
+            saved[event.index["p"]] = scope.exposures[-1 - dropped], meta["position"]["z"]
 
         core.mda.events.frameReady.connect(keep)
         began_s = scope.clock.now_s
@@ -165,6 +174,21 @@ def run_demo(
     return result.exit_code
 
 
+def _own_model(strategy: str | None) -> dict[str, Any]:
+    """The setting that gives a learned strategy the model that ships for this slide."""
+    if strategy not in _MODELS:
+        return {}
+    from mm_autofocus.models.importing import shipped_models
+
+    name = _MODELS[strategy]
+    if name not in shipped_models():
+        raise InputError(
+            f"--strategy {strategy}: the model {name!r} of the virtual slide is not installed; "
+            "name another with --set model=FILE.onnx"
+        )
+    return {"model": name}
+
+
 def _judge(scope: Microscope, saved: Mapping[int, tuple[Exposure, float]]) -> dict[int, Tile]:
     """Ask the simulator for the truth about each saved frame; in two threads."""
     from mm_autofocus.sim.truth import defocus_um
@@ -185,6 +209,7 @@ def _judge(scope: Microscope, saved: Mapping[int, tuple[Exposure, float]]) -> di
 def _row(record: dict[str, Any], tile: Tile | None) -> dict[str, Any]:
     return {
         **record,
+        **cells(record),
         "kind": tile.kind if tile else None,
         "true_defocus_um": tile.true_defocus_um if tile else None,
         "focus_um": tile.focus_um if tile else None,
@@ -208,6 +233,8 @@ def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "blank_reported": sum(r["status"] == "failed" for r in blank),
         "false_ok": sum(r["status"] == "ok" for r in blank)
         + sum(r["status"] == "ok" and abs(r["true_defocus_um"]) > r["dof_um"] for r in tissue),
+        "looks_per_tile": sum(r["looks"] for r in rows) / max(len(rows), 1),
+        "corrections": sum(r.get("corrections", 0) for r in rows),
     }
 
 
@@ -220,7 +247,7 @@ def _tell(
     real_time: bool,
 ) -> None:
     console = make_console()
-    console.print(tile_table(rows, _DEMO_COLUMNS))
+    console.print(tile_table(rows, [*_DEMO_COLUMNS, *columns(rows)]))
     tiles_per_slide = (_SLIDE_MM * 1000 / (512 * 0.325)) ** 2
     each_s = took_s / max(len(rows), 1)
     minutes = tiles_per_slide * each_s / 60

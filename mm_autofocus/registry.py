@@ -99,6 +99,8 @@ STRATEGIES = Registry(
         "hill-climb": f"{_S}.hill_climb:HillClimb",
         "sweep": f"{_S}.sweep:Sweep",
         "brent": f"{_S}.brent:Brent",
+        "one-shot": f"{_S}.one_shot:OneShot",
+        "two-look": f"{_S}.two_look:TwoLook",
         "hardware": f"{_S}.hardware:Hardware",
     },
 )

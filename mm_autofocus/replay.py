@@ -18,7 +18,15 @@ import tifffile
 from mm_autofocus.drive import drive
 from mm_autofocus.errors import InputError
 from mm_autofocus.settings import AutofocusSettings
-from mm_autofocus.types import FocusRequest, FocusResult, Look, Prior, Strategy
+from mm_autofocus.types import (
+    FocusRequest,
+    FocusResult,
+    FrameFormat,
+    Look,
+    Prepares,
+    Prior,
+    Strategy,
+)
 
 if TYPE_CHECKING:
     import os
@@ -202,6 +210,7 @@ def replay(
     ('ok', True)
     """
     settings = settings or AutofocusSettings()
+    rig = RecordedStack(stack, step_um, start_um)
     if strategy is None:
         from mm_autofocus.strategies.escalate import build_strategy
 
@@ -210,7 +219,9 @@ def replay(
             raise InputError(
                 "strategy: 'hardware' needs a microscope; a recorded stack has none"
             )
-    rig = RecordedStack(stack, step_um, start_um)
+        if isinstance(strategy, Prepares):
+            shape, dtype = rig.stack.shape[1:], rig.stack.dtype.name
+            strategy.prepare(FrameFormat(shape, dtype, rig.max_value, settings.optics()))
     request = request_for(rig, settings, prior=prior)
     return drive(strategy, request, rig, backlash_um=settings.backlash_um, on_look=on_look)
 

@@ -7,31 +7,26 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_autofocus.console import number, tile_table
+from mm_autofocus.console import COLUMNS, number, tile_table
 from mm_autofocus.errors import HardwareError, InputError
 from mm_autofocus.hooks.thumbnail import detail_at, thumbnail_png
 from mm_autofocus.ometiff import FileRecord, FocusRecord, read_plane, read_record
+from mm_autofocus.page import page, plot, section
+from mm_autofocus.predictions import cells, columns, facts, shadow_of
+from mm_autofocus.report_plots import colour, curves, focus_map, title_of, ways
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from matplotlib.figure import Figure
     from rich.console import Console
 
 __all__ = ["inspect_json", "print_record", "to_distrust", "write_report"]
 
-_COLOURS = {
-    "ok": "#2a7f4f",
-    "low-confidence": "#c98500",
-    "stale": "#c98500",
-    "failed": "#b3261e",
-}
 # Pictures and curves of more tiles than this make a page that no browser likes.
 _MOST_PICTURES = 30
 
@@ -45,6 +40,7 @@ def to_distrust(record: FileRecord) -> list[FocusRecord]:
 
 def inspect_json(record: FileRecord) -> dict[str, Any]:
     """Return the document that ``mm-autofocus inspect --json`` prints."""
+    shadow = shadow_of(record)
     return {
         "file": str(record.path),
         "complete": record.complete,
@@ -71,6 +67,7 @@ def inspect_json(record: FileRecord) -> dict[str, Any]:
             {**{k: v for k, v in asdict(focus).items() if k not in {"thumbnail", "record"}}}
             for focus in record.focus
         ],
+        "shadow": None if shadow is None else shadow.to_json(),
         "settings": record.settings,
         "plan": record.plan,
         "versions": record.versions,
@@ -104,7 +101,10 @@ def print_record(record: FileRecord, console: Console) -> None:
         return
     doubtful = len(to_distrust(record))
     line(f"{len(record.focus)} searches, {doubtful} to distrust")
-    console.print(tile_table(_row(focus) for focus in record.focus))
+    rows = [_row(focus) for focus in record.focus]
+    for sentence in _of_models(record):
+        line(sentence)
+    console.print(tile_table(rows, [*COLUMNS, *columns(rows)]))
 
 
 def write_report(
@@ -140,52 +140,39 @@ def write_report(
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
     record = read_record(file)
-    page = _page(record, truth or {})
+    text = _page(record, truth or {})
     try:
-        output.write_text(page, encoding="utf-8")
+        output.write_text(text, encoding="utf-8")
     except OSError as e:
         raise HardwareError(f"{output}: cannot be written ({e.strerror})") from e
 
 
 # -------------------------------------------------------------------------- page
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; max-width: 1080px;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-.meta, figcaption, .none { color: #6e6e73 } .warn { color: #b3261e; font-weight: 600 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5ea; text-align: right }
-th:first-child, td:first-child, td.text, th.text { text-align: left }
-td { white-space: nowrap } td:last-child { white-space: normal }
-.tiles { display: grid; gap: 1rem;
-         grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
-figure { margin: 0 } img.plot { max-width: 100% }
-figure img { image-rendering: pixelated; width: 140px; height: 140px; object-fit: cover;
-             border-radius: 4px; margin-right: 6px }
-pre { background: #f5f5f7; padding: .8rem; overflow-x: auto; border-radius: 6px;
-      font-size: 12px }
-.badge { border-radius: 9px; padding: 0 .55rem; color: white; font-size: .85em;
-         white-space: nowrap }
-"""
-
 
 def _page(record: FileRecord, truth: dict[str, dict[str, Any]]) -> str:
     doubtful = to_distrust(record)
     sections = [
         _head(record),
-        _section(
+        section(
             "Tiles to distrust",
             _table(doubtful, truth) if doubtful else '<p class="none">None.</p>',
         ),
     ]
+    if told := facts([_row(focus) for focus in record.focus]):
+        sections.append(section("Models", _paragraphs(told)))
+    if (shadow := shadow_of(record)) is not None:
+        said = _paragraphs([shadow.sentence().removeprefix("shadow: ")])
+        sections.append(section("Shadow", said + plot(ways(record.focus, shadow.dof_um))))
     if record.focus:
         sections += [
-            _section("Focus map", _plot(_focus_map(record.focus, truth))),
-            _section("Before and after", _pictures(record, doubtful)),
-            _section("Focus curves", _plot(_curves(_chosen(record, doubtful)))),
-            _section("All searches", _table(record.focus, truth)),
+            section("Focus map", plot(focus_map(record.focus, truth))),
+            section("Before and after", _pictures(record, doubtful)),
         ]
+        chosen = [f for f in _chosen(record, doubtful) if any(s for _, s in f.curve)]
+        if chosen:  # a model looks without a score
+            sections.append(section("Focus curves", plot(curves(chosen))))
+        sections.append(section("All searches", _table(record.focus, truth)))
     for title, content in (
         ("Settings", record.settings),
         ("Plan", record.plan),
@@ -195,11 +182,11 @@ def _page(record: FileRecord, truth: dict[str, dict[str, Any]]) -> str:
         sections.append(
             f"<h2>{title}</h2><details><summary>show</summary><pre>{text}</pre></details>"
         )
-    title = html.escape(record.path.name)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
-    )
+    return page(record.path.name, "".join(sections))
+
+
+def _paragraphs(sentences: Iterable[str]) -> str:
+    return "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences)
 
 
 def _head(record: FileRecord) -> str:
@@ -225,24 +212,27 @@ def _head(record: FileRecord) -> str:
     )
 
 
-def _section(title: str, body: str) -> str:
-    return f"<h2>{title}</h2>{body}"
-
-
 def _row(focus: FocusRecord) -> dict[str, Any]:
     row = {k: v for k, v in asdict(focus).items() if k not in {"thumbnail", "record", "frames"}}
-    if "t" in focus.index:
-        row["position"] = f"{focus.position} t{focus.index['t']}"
-    return row
+    return row | {"position": title_of(focus)} | cells(row)
+
+
+def _of_models(record: FileRecord) -> list[str]:
+    """What is to be said of models and of the shadow, a sentence each."""
+    shadow = shadow_of(record)
+    said = facts([_row(focus) for focus in record.focus])
+    return said if shadow is None else [*said, shadow.sentence()]
 
 
 def _table(focuses: Sequence[FocusRecord], truth: dict[str, dict[str, Any]]) -> str:
     heads = ["tile", "x µm", "y µm", "z before", "z after", "± µm", "looks", "moves"]
     heads += ["true z"] if truth else []
+    more = columns(_row(f) for f in focuses)
+    heads += [html.escape(head) for head, _ in more]
     rows = []
     for f in focuses:
         row = _row(f)
-        cells = [
+        values = [
             f.x_um,
             f.y_um,
             f.z_before_um,
@@ -252,9 +242,10 @@ def _table(focuses: Sequence[FocusRecord], truth: dict[str, dict[str, Any]]) -> 
             f.moves,
         ]
         if truth:
-            cells.append(truth.get(f.position, {}).get("focus_um"))
-        numbers = "".join(f"<td>{number(c)}</td>" for c in cells)
-        badge = f'<span class="badge" style="background:{_colour(f.status)}">{f.status}</span>'
+            values.append(truth.get(f.position, {}).get("focus_um"))
+        values += [row[key] for _, key in more]
+        numbers = "".join(f"<td>{html.escape(number(v))}</td>" for v in values)
+        badge = f'<span class="badge" style="background:{colour(f.status)}">{f.status}</span>'
         rows.append(
             f"<tr><td>{html.escape(row['position'])}</td>{numbers}"
             f'<td class="text">{badge}</td><td class="text">{html.escape(f.strategy)}</td>'
@@ -263,10 +254,6 @@ def _table(focuses: Sequence[FocusRecord], truth: dict[str, dict[str, Any]]) -> 
     header = "".join(f"<th>{h}</th>" for h in heads)
     header += '<th class="text">status</th><th class="text">by</th><th class="text">why</th>'
     return f"<table><tr>{header}</tr>{''.join(rows)}</table>"
-
-
-def _colour(status: str) -> str:
-    return _COLOURS.get(status, "#6e6e73")
 
 
 def _chosen(record: FileRecord, doubtful: list[FocusRecord]) -> list[FocusRecord]:
@@ -312,90 +299,3 @@ def _pictures(record: FileRecord, doubtful: list[FocusRecord]) -> str:
 def _is_data(record: FileRecord, frame: Any) -> bool:
     plane = record.images[frame.image].planes.get((frame.t, frame.c, frame.z))
     return plane is not None and plane.page is not None and not plane.gap
-
-
-# ------------------------------------------------------------------------- plots
-
-
-def _plot(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    png = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="plot" src="data:image/png;base64,{png}">'
-
-
-def _focus_map(focuses: Sequence[FocusRecord], truth: dict[str, dict[str, Any]]) -> Figure:
-    """Draw z of each focused tile over the stage, tiles without focus crossed."""
-    from matplotlib.figure import Figure
-
-    known = [
-        f
-        for f in focuses
-        if f.position in truth and truth[f.position].get("focus_um") is not None
-    ]
-    panels = 2 if known else 1
-    figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    found = [f for f in focuses if f.status != "failed" and f.z_after_um is not None]
-    lost = [f for f in focuses if f.status == "failed"]
-    z = [f.z_after_um for f in found if f.z_after_um is not None]
-    true_z = [float(truth[f.position]["focus_um"]) for f in known]
-    low, high = min([*z, *true_z], default=0.0), max([*z, *true_z], default=1.0)
-    shared = {"vmin": low, "vmax": high, "cmap": "viridis", "s": 140, "marker": "s"}
-    dots = axes[0].scatter([f.x_um for f in found], [f.y_um for f in found], c=z, **shared)
-    if lost:
-        axes[0].scatter(
-            [f.x_um for f in lost],
-            [f.y_um for f in lost],
-            marker="x",
-            c=_colour("failed"),
-            s=70,
-            label="not focused",
-        )
-        axes[0].legend(loc="upper right", fontsize=8)
-    axes[0].set_title("z of focus", fontsize=10)
-    if known:
-        axes[1].scatter([f.x_um for f in known], [f.y_um for f in known], c=true_z, **shared)
-        axes[1].set_title("true z of focus", fontsize=10)
-    for ax in axes:
-        ax.set_xlabel("x (µm)")
-        ax.set_ylabel("y (µm)")
-        ax.set_aspect("equal", adjustable="datalim")
-        ax.margins(0.12)
-    figure.colorbar(dots, ax=list(axes), label="z (µm)")
-    return figure
-
-
-def _curves(focuses: Sequence[FocusRecord]) -> Figure:
-    """Small multiples: the score of each look against z, and where the tile was left."""
-    from matplotlib.figure import Figure
-
-    columns = min(5, len(focuses)) or 1
-    rows = -(-len(focuses) // columns) or 1
-    figure = Figure(figsize=(2.1 * columns, 1.75 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax, focus in zip(axes, focuses, strict=False):
-        points = [(z, s) for z, s in focus.curve if s is not None]
-        if points:
-            zs, scores = zip(*points, strict=True)
-            ax.plot(zs, scores, "o", ms=3.5, color=_colour(focus.status))
-            for i, (z, s) in enumerate(points, 1):
-                ax.annotate(
-                    str(i), (z, s), fontsize=5.5, xytext=(3, 2), textcoords="offset points"
-                )
-        if focus.z_after_um is not None:
-            ax.axvline(
-                focus.z_after_um,
-                color="#1d1d1f",
-                lw=0.8,
-                ls="--" if focus.status != "failed" else ":",
-            )
-        ax.set_title(_row(focus)["position"], fontsize=8)
-        ax.tick_params(labelsize=6)
-        ax.set_yticks([])
-    for ax in axes[len(focuses) :]:
-        ax.set_axis_off()
-    figure.supxlabel(
-        "z (µm); numbers: order of the looks; dashed: where the tile was left", fontsize=8
-    )
-    return figure

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
-__all__ = ["AutofocusSettings", "EscalationStep", "MetricOptions", "parse_settings"]
+__all__ = [
+    "AutofocusSettings",
+    "EscalationStep",
+    "MetricOptions",
+    "ShadowSettings",
+    "parse_settings",
+    "settings_for",
+]
 
 KEY = "mm_autofocus"
 """The key in ``sequence.metadata`` and the namespace of the record in files."""
@@ -91,12 +98,30 @@ class EscalationStep(_Strict):
         Its own first step.
     max_looks : int | None
         Its own look budget; None: what is left.
+    model : str | None
+        Its own model, where it is a learned strategy; None: that of the settings.
     """
 
     strategy: Annotated[str, AfterValidator(STRATEGIES.check)]
     range_um: _Positive | None = None
     step_um: _Positive | None = None
     max_looks: Annotated[int, Field(ge=1)] | None = None
+    model: str | None = None
+
+
+class ShadowSettings(_Strict):
+    """A learned strategy that watches another one, and moves nothing.
+
+    Attributes
+    ----------
+    strategy : str
+        Name of the learned strategy.
+    model : str | None
+        Its model; None: that of the settings.
+    """
+
+    strategy: Annotated[str, AfterValidator(STRATEGIES.check)] = "one-shot"
+    model: str | None = None
 
 
 class AutofocusSettings(_Strict):
@@ -157,6 +182,22 @@ class AutofocusSettings(_Strict):
         the run.
     na, magnification, wavelength_um, refractive_index
         The optics, for the depth of field.
+    model : str | None
+        For learned strategies: a shipped name, the path of an ONNX file, or
+        ``module:object`` of a model in Python.
+    card : str | None
+        Path of a model card in YAML, where the model has none inside and none beside it.
+    providers : list of str
+        What computes: cpu, cuda, ...; empty: the processor.
+    verify : bool
+        After a learned strategy of one look, the model looks at the first frame that is
+        saved; if that is off by more than the tolerance, z is corrected and the frame
+        is exposed again.
+    max_corrections : int
+        How often at most, for one focus.
+    shadow : ShadowSettings | None
+        A learned strategy that predicts from the looks of the strategy in charge; what it
+        would have done is recorded, and nothing moves by it.
     """
 
     strategy: Annotated[str, AfterValidator(STRATEGIES.check)] = "hill-climb"
@@ -187,6 +228,19 @@ class AutofocusSettings(_Strict):
     magnification: _Positive | None = None
     wavelength_um: _Positive = 0.55
     refractive_index: Annotated[float, Field(ge=1, le=2)] = 1.0
+    model: str | None = None
+    card: str | None = None
+    providers: tuple[str, ...] = ()
+    verify: bool = True
+    max_corrections: Annotated[int, Field(ge=0, le=5)] = 1
+    shadow: ShadowSettings | None = None
+
+    @field_validator("providers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("escalate", mode="before")
     @classmethod
@@ -256,10 +310,58 @@ def parse_settings(
         except InputError as e:
             raise _error(f"{where}.{e}", ("strategy",)) from None
     try:
-        return model.model_validate(dict(data))
+        settings = model.model_validate(dict(data))
     except ValidationError as e:
         first = e.errors()[0]
         raise _error(_sentence(model, first, where), _path(first)) from None
+    # what a later step would refuse is refused now
+    for step in settings.escalate:
+        settings_for(step.strategy, settings, model=step.model, where=where)
+    if (shadow := settings.shadow) is not None:
+        settings_for(shadow.strategy, settings, model=shadow.model, where=where)
+    return settings
+
+
+def settings_for(
+    strategy: str,
+    settings: AutofocusSettings,
+    *,
+    model: str | None = None,
+    where: str = f"metadata.{KEY}",
+) -> AutofocusSettings:
+    """The settings of a further strategy: those of the first that all strategies share.
+
+    Parameters
+    ----------
+    strategy : str
+        Whose.
+    settings : AutofocusSettings
+        Of the strategy that comes first.
+    model : str, optional
+        A model of its own.
+    where : str
+        Put before the key in messages.
+
+    Raises
+    ------
+    InputError
+        The strategy refuses them.
+    """
+    schema = getattr(STRATEGIES.get(strategy), "Settings", AutofocusSettings)
+    shared = {
+        key: getattr(settings, key)
+        for key in AutofocusSettings.model_fields
+        if key in settings.model_fields_set
+    }
+    shared |= {"strategy": strategy, "escalate": (), "shadow": None}
+    if model is not None:
+        shared |= {"model": model, "card": None}
+    try:
+        validated: AutofocusSettings = schema.model_validate(shared)
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise _error(_sentence(schema, first, where), _path(first)) from None
+    return validated
 
 
 def _error(sentence: str, path: tuple[str | int, ...]) -> InputError:
@@ -284,6 +386,8 @@ def _sentence(model: type[BaseModel], error: ErrorDetails, where: str) -> str:
                 owner = EscalationStep
             elif part == "metric_options":
                 owner = MetricOptions
+            elif part == "shadow":
+                owner = ShadowSettings
         allowed = list(owner.model_fields)
         return (
             f"{key}: unknown key{suggest(str(path[-1]), allowed)}; "

@@ -10,8 +10,9 @@ from typing import Any
 
 from mm_autofocus.api import RunResult
 from mm_autofocus.api import run as run_plan
-from mm_autofocus.console import RunDisplay, make_console, tile_table
+from mm_autofocus.console import COLUMNS, RunDisplay, make_console, tile_table
 from mm_autofocus.plan import fresh
+from mm_autofocus.predictions import cells, columns, facts, summary
 
 __all__ = ["quiet_host", "run_shown"]
 
@@ -52,7 +53,8 @@ def run_shown(
             core.mda.events.frameReady.disconnect(on_frame)
     if not as_json:
         if console.is_terminal and result.records:
-            console.print(tile_table(result.records))
+            rows = [{**r, **cells(r)} for r in result.records]
+            console.print(tile_table(rows, [*COLUMNS, *columns(rows)]))
         console.print(_summary(result), highlight=False, soft_wrap=True)
     return result
 
@@ -65,6 +67,9 @@ def _summary(result: RunResult) -> str:
     if result.records:
         ok = sum(r["status"] == "ok" for r in result.records)
         lines.append(f"{ok} of {len(result.records)} searches ok, {len(result.failed)} failed")
+        lines += facts(result.records)
+        if (shadow := summary(result.records)) is not None:
+            lines.append(shadow.sentence())
     if result.missing:
         lines.append(f"{result.missing} frames are missing: the camera gave none")
     if result.cancelled:

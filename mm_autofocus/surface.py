@@ -98,6 +98,12 @@ class FocusSurface:
         self._points[key] = (x_um, y_um, z_um)
         return residual
 
+    def move(self, key: Hashable, z_um: float) -> None:
+        """Replace the z (µm) of a tile that was found again, nearer to the truth."""
+        if key in self._points:
+            x_um, y_um, _ = self._points[key]
+            self._points[key] = (x_um, y_um, z_um)
+
     def is_outlier(
         self, residual_um: float, source: str = "surface", sigmas: float = 6.0
     ) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from mm_autofocus.errors import InputError
 
@@ -25,12 +25,16 @@ __all__ = [
     "CurvePoint",
     "FocusRequest",
     "FocusResult",
+    "FrameFormat",
     "Look",
     "Looking",
     "Optics",
+    "Prepares",
     "Prior",
     "Status",
     "Strategy",
+    "Verdict",
+    "Verifies",
 ]
 
 Status = Literal["ok", "low-confidence", "stale", "failed"]
@@ -255,11 +259,89 @@ class Strategy(Protocol):
     """A way of finding focus. Built once per run, asked once per tile.
 
     It never sees a core, a stage or a camera. It may remember, from tile to tile, what
-    it learned (the width of the focus curve, say), but must work without.
+    it learned (the width of the focus curve, say), but must work without. It may also be
+    able to check its looks before the run (`Prepares`) and to judge frames (`Verifies`).
     """
 
     name: str
 
     def focus(self, request: FocusRequest) -> Looking:
         """Begin the search that `request` describes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FrameFormat:
+    """What the looks will be like, as far as camera and settings tell before the first.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        ``(Y, X)`` or ``(Y, X, 3)``.
+    dtype : str
+        NumPy name of the pixels' type.
+    max_value : float | None
+        Value at which the camera saturates, if it is known.
+    optics : Optics
+        What is known of the optics; the pixel size is that of the looks.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    max_value: float | None = None
+    optics: Optics = field(default_factory=Optics)
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A strategy that can tell before the run whether it will work, and warm up."""
+
+    def prepare(self, frames: FrameFormat) -> None:
+        """Raise `InputError` if looks of this kind are none that it can work with."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a strategy says of a frame that was taken at its focus.
+
+    Attributes
+    ----------
+    defocus_um : float | None
+        Defocus beyond the offset at which the frame was meant to be, in µm; positive above.
+        None if nothing can be said.
+    expected_error_um : float | None
+        Standard deviation of that.
+    tolerance_um : float | None
+        Up to which a frame is good.
+    reason : str
+        One clause that says why the verdict is not to be trusted; empty if it is.
+    """
+
+    defocus_um: float | None
+    expected_error_um: float | None = None
+    tolerance_um: float | None = None
+    reason: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether the frame is within the tolerance, as far as can be trusted."""
+        if self.defocus_um is None or self.reason:
+            return False
+        return self.tolerance_um is None or abs(self.defocus_um) <= self.tolerance_um
+
+    @property
+    def off(self) -> bool:
+        """Whether it is worth while to correct z and to take the frame again."""
+        if self.defocus_um is None or self.reason or self.good:
+            return False
+        return abs(self.defocus_um) > (self.expected_error_um or 0.0)
+
+
+@runtime_checkable
+class Verifies(Protocol):
+    """A strategy that can judge the frame that is saved anyway."""
+
+    def verify(self, frame: Look, request: FocusRequest, offset_um: float) -> Verdict | None:
+        """Judge a frame meant to be taken `offset_um` above focus; None if it cannot."""
         ...

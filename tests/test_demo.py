@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from mm_autofocus import cli
+from mm_autofocus.models.importing import shipped_models
 from mm_autofocus.ometiff import read_record
 
 from conftest import ROOT
@@ -79,6 +80,38 @@ def test_the_same_table_each_time_and_in_the_readme(told: dict[str, Any], folder
     assert len(shown) >= 10
     outcome = {r[0]: (r[1], r[7]) for r in rows}
     assert {r[0]: (r[1], r[7]) for r in shown}.items() <= outcome.items()
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "two-look"])
+def test_a_model_that_is_not_there_is_named(
+    strategy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("mm_autofocus.models.importing.shipped_models", list)
+    code, _ = demo("-o", str(tmp_path / "out"), "--strategy", strategy)
+    assert code == 2
+    error = capsys.readouterr().err
+    assert f"--strategy {strategy}: the model 'sparsefocus-slide20x" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_marks_of_the_shipped_model(tmp_path: Path) -> None:
+    if "sparsefocus-slide20x" not in shipped_models():
+        pytest.skip("the model of the virtual slide is not there yet")
+    _, text = demo("-o", str(tmp_path), "--strategy", "one-shot", "--json")
+    told = json.loads(text)
+    assert told["looks_per_tile"] <= 1.2
+    assert told["within_dof"] >= 0.98 * told["non_blank"]
+    assert told["within_half_dof"] >= 0.95 * told["non_blank"]
+    assert told["blank_reported"] == told["blank"] > 0
+    assert told["false_ok"] == 0
+    tiles = [t for t in told["autofocus"] if t["kind"] != "blank"]
+    assert all(t["verified"] is not None for t in tiles if t["status"] != "failed")
+    exposures = sum(t["looks"] + 1 + t.get("corrections", 0) for t in told["autofocus"])
+    assert told["exposures"] == exposures
+    assert told["corrections"] == sum(t.get("corrections", 0) for t in tiles)
 
 
 def _rows(text: str) -> list[tuple[str, ...]]:

@@ -1,17 +1,25 @@
-"""Every plan that an operator can copy runs here, on the demo adapters."""
+"""Every plan that an operator can copy runs here: on the demo adapters, or on the virtual slide.
+
+The shipped models are made for the virtual slide's colour camera; their plans run there alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tifffile
+import yaml
 from mm_autofocus import run
 from mm_autofocus.config import close_core, open_core
+from mm_autofocus.models.importing import shipped_models
 from mm_autofocus.ometiff import read_record
 from pymmcore_plus import CMMCorePlus
 
+import learned_rig
 from conftest import PLANS
+from learned_rig import FakeModel
 
 # plan: frames, searches, (T, C, Z) of each image
 EXPECTED = {
@@ -22,10 +30,16 @@ EXPECTED = {
     "reference_channel.yaml": (4, 2, (1, 2, 1)),
     "collect_stacks.yaml": (63, 3, (1, 1, 21)),
 }
+# plan: the model it names, the model's looks, looks of each search
+LEARNED = {
+    "one_shot.yaml": ("sparsefocus-slide20x", (0.0,), 1),
+    "two_look.yaml": ("sparsefocus-slide20x-two-look", (0.0, 4.0), 2),
+    "shadow.yaml": ("sparsefocus-slide20x", (0.0,), None),
+}
 
 
 def test_no_plan_is_left_out() -> None:
-    assert {p.name for p in PLANS.glob("*.yaml")} == set(EXPECTED)
+    assert {p.name for p in PLANS.glob("*.yaml")} == set(EXPECTED) | set(LEARNED)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -65,3 +79,58 @@ def test_a_plan_runs_on_the_virtual_slide(name: str, tmp_path: Path) -> None:
         assert record.images[0].shape[3:] == (512, 512)
     finally:
         close_core(core)
+
+
+@pytest.fixture
+def slide() -> Iterator[CMMCorePlus]:
+    core = open_core("virtual_slide.cfg")
+    core.setProperty("Optics", "quality", "preview")
+    yield core
+    close_core(core)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_plan_does_what_it_says(
+    name: str, slide: CMMCorePlus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, looks_um, looks = LEARNED[name]
+    fields = {"channels": 3, "patch_px": 224, "looks_um": looks_um, "pixel_size_um": 0.325}
+    # a model that takes the first look of a search for 1 µm above focus, and later ones for sharp
+    at: list[float] = []
+
+    def answer(_: object) -> float:
+        at.append(slide.getZPosition())
+        return 1.0 if len(at) % 2 else 0.0
+
+    fake = FakeModel(answer, **fields)
+    monkeypatch.setattr(learned_rig, "MODEL", fake)
+    plan = yaml.safe_load((PLANS / name).read_text(encoding="utf-8"))
+    settings = plan["metadata"]["mm_autofocus"]
+    owner = settings if "model" in settings else settings["shadow"]
+    assert owner["model"] == model
+    owner["model"] = "learned_rig:MODEL"
+    file = tmp_path / "run.ome.tiff"
+    result = run(plan, core=slide, output=file)
+    assert (result.frames, result.failed) == (3, [])
+    for record in result.records:
+        if looks is None:
+            assert record["details"]["shadow"]["model"] == "fake"
+            assert record["strategy"] == "hill-climb"
+        else:
+            assert (record["looks"], record["details"]["model"]) == (looks, "fake")
+    if name == "one_shot.yaml":
+        assert [r["verified"] for r in result.records] == [True] * 3
+    assert len(read_record(file).focus) == 3
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_plan_runs_with_its_shipped_model(name: str, tmp_path: Path) -> None:
+    if LEARNED[name][0] not in shipped_models():
+        pytest.skip(f"{LEARNED[name][0]} is not there yet")
+    core = open_core("virtual_slide.cfg")
+    try:
+        result = run(PLANS / name, core=core, output=tmp_path / "run.ome.tiff")
+    finally:
+        close_core(core)
+    assert (result.frames, result.exit_code) == (3, 0)
+    assert {r["status"] for r in result.records} <= {"ok", "low-confidence"}

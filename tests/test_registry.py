@@ -9,6 +9,7 @@ from mm_autofocus.errors import InputError
 from mm_autofocus.registry import METRICS, STRATEGIES, Registry
 from mm_autofocus.replay import replay
 from mm_autofocus.settings import AutofocusSettings, parse_settings
+from mm_autofocus.strategies.learned import Learned
 
 PLUGIN = '''
 """A strategy of a lab's own: one file."""
@@ -88,7 +89,10 @@ def test_what_ships_is_not_replaced_by_a_plug_in() -> None:
 
 def test_everything_that_ships_can_be_built() -> None:
     for name in STRATEGIES.names():
-        assert STRATEGIES.get(name)(AutofocusSettings()).name == name
+        strategy = STRATEGIES.get(name)
+        assert strategy.name == name
+        if not issubclass(strategy, Learned):  # these need a model: test_learned.py
+            assert strategy(AutofocusSettings()).name == name
     for name in METRICS.names():
         assert callable(METRICS.get(name))
 

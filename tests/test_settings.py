@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mm_autofocus.errors import InputError
-from mm_autofocus.settings import AutofocusSettings, EscalationStep, parse_settings
+from mm_autofocus.settings import (
+    AutofocusSettings,
+    EscalationStep,
+    parse_settings,
+    settings_for,
+)
 
 BAD = {
     "unknown key": ({"strategi": 1}, "strategi: unknown key (did you mean 'strategy'?)"),
@@ -42,6 +47,23 @@ BAD = {
         "escalate.0.range: unknown key (did you mean 'range_um'?)",
     ),
     "escalate to hardware": ({"escalate": ["hardware"]}, "'hardware' can only come first"),
+    "learned without a model": (
+        {"strategy": "one-shot"},
+        "mm_autofocus.model: strategy 'one-shot' needs a model: a shipped name",
+    ),
+    "escalate to learned without a model": (
+        {"escalate": ["two-look"]},
+        "mm_autofocus.model: strategy 'two-look' needs a model",
+    ),
+    "shadow without a model": (
+        {"shadow": {"strategy": "one-shot"}},
+        "mm_autofocus.model: strategy 'one-shot' needs a model",
+    ),
+    "shadow key": (
+        {"shadow": {"modle": "x"}},
+        "shadow.modle: unknown key (did you mean 'model'?); allowed: strategy, model",
+    ),
+    "too many corrections": ({"max_corrections": 6}, "max_corrections: 6 is not allowed"),
     "na beyond air": ({"na": 1.2}, "na: 1.2 is not between 0 and the refractive index 1.0"),
     "crop without roi": ({"crop": True}, "crop: true needs roi"),
     "not a mapping": (5, "5 is not a mapping of settings"),
@@ -85,3 +107,39 @@ def test_defaults_and_names_as_steps() -> None:
 def test_what_is_written_is_read_back(data: dict[str, object]) -> None:
     settings = parse_settings(data)
     assert parse_settings(settings.model_dump(mode="json")) == settings
+
+
+LEARNED = {
+    "one-shot": {"strategy": "one-shot", "model": "m.onnx"},
+    "a list of providers": {"strategy": "one-shot", "model": "m.onnx", "providers": ["cpu"]},
+    "one provider": {"strategy": "one-shot", "model": "m.onnx", "providers": "cpu"},
+    "to a classic one": {
+        "strategy": "one-shot",
+        "model": "m.onnx",
+        "escalate": ["one-shot", "hill-climb"],
+    },
+    "to a learned one": {"escalate": ["two-look"], "model": "m.onnx"},
+    "to one with its model": {"escalate": [{"strategy": "two-look", "model": "m.onnx"}]},
+    "shadow": {"shadow": {"strategy": "two-look", "model": "m.onnx"}},
+    "shadow by the model of all": {"shadow": {}, "model": "m.onnx"},
+}
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_learned_strategies_are_accepted_with_a_model(case: str) -> None:
+    settings = parse_settings(LEARNED[case])
+    assert settings.verify
+    assert settings.providers in ((), ("cpu",))
+    # the file keeps them as JSON, and a later run takes them from there
+    assert parse_settings(settings.model_dump(mode="json", exclude_unset=True)) == settings
+
+
+def test_a_step_gets_the_shared_settings_and_its_own_model() -> None:
+    settings = parse_settings(
+        {"range_um": 7, "model": "a.onnx", "card": "a.yaml", "escalate": ["one-shot"]}
+    )
+    step = settings_for("one-shot", settings, model="b.onnx")
+    assert (step.strategy, step.range_um, step.escalate) == ("one-shot", 7, ())
+    assert (step.model, step.card) == ("b.onnx", None)
+    same = settings_for("one-shot", settings)
+    assert (same.model, same.card) == ("a.onnx", "a.yaml")

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mm_autofocus.errors import InputError
-from mm_autofocus.hooks.rig import channel_group
+from mm_autofocus.hooks.rig import CoreRig, channel_group, full_scale
 from mm_autofocus.plan import autofocus_plans, z_offsets_um
 from mm_autofocus.registry import suggest
+from mm_autofocus.types import FrameFormat, Prepares
 
 if TYPE_CHECKING:
     import useq
 
     from mm_autofocus.settings import AutofocusSettings
+    from mm_autofocus.types import Strategy
 
-__all__ = ["check_devices", "check_looks", "check_plan", "stage_limits_um"]
+__all__ = [
+    "check_devices",
+    "check_looks",
+    "check_plan",
+    "prepare_strategy",
+    "stage_limits_um",
+]
 
 
 def check_devices(core: Any) -> None:
@@ -69,6 +79,39 @@ def check_looks(core: Any, settings: AutofocusSettings) -> None:
             "metadata.mm_autofocus.strategy: 'hardware' needs an autofocus device, and the "
             "configuration has none (Core, AutoFocus is not set)"
         )
+
+
+def prepare_strategy(core: Any, settings: AutofocusSettings, strategy: Strategy | None) -> None:
+    """Let a strategy check what its looks will be like, and warm up; nothing moves.
+
+    Raises
+    ------
+    InputError
+        It cannot work with this camera or these optics.
+    """
+    if strategy is not None and isinstance(strategy, Prepares):
+        strategy.prepare(_frame_format(core, settings))
+
+
+def _frame_format(core: Any, settings: AutofocusSettings) -> FrameFormat:
+    """What the looks will be like, as far as it is known before the first."""
+    rig = CoreRig(core, settings)
+    width, height = core.getImageWidth(), core.getImageHeight()
+    if settings.roi is not None:
+        *_, width, height = settings.roi
+    elif settings.binning is not None:  # which resets the ROI
+        *_, width, height = _full_roi(core)
+        width, height = (round(n / rig.binning_ratio()) for n in (width, height))
+    components = core.getNumberOfComponents()
+    itemsize = max(1, core.getBytesPerPixel() // components)
+    # four bytes of one component are floats in every adapter
+    dtype = np.dtype(np.float32 if itemsize == 4 else f"u{itemsize}")
+    return FrameFormat(
+        (height, width) if components == 1 else (height, width, 3),
+        dtype.name,
+        full_scale(dtype, core.getImageBitDepth()),
+        settings.optics(rig.pixel_size_um()),
+    )
 
 
 def check_plan(

@@ -123,6 +123,10 @@ class Ledger:
         focus = self._foci.get(place.key) or self._foci.get(("any", p))
         return None if focus is None else focus.dz_um
 
+    def focus_um(self, place: Place) -> float:
+        """Where focus is taken to be at a place, in µm; its home if it was never focused."""
+        return self.home_um(place) + (self.dz_um(place) or 0.0)
+
     def target_um(self, place: Place, z_pos_um: float | None) -> float | None:
         """Where to send the stage for an event of this place, in µm.
 
@@ -285,6 +289,28 @@ class Ledger:
             focus = _Focus(dz_um, record, None)
         self._foci[place.key] = self._foci["any", place.key[0]] = focus
         return record
+
+    def revise(self, place: Place, *, shift_um: float = 0.0, **changes: Any) -> None:
+        """Correct the last focus of a place by what its frame has shown.
+
+        Parameters
+        ----------
+        place : Place
+            Which was focused.
+        shift_um : float
+            By how much its focus is higher than was written down, in µm.
+        **changes
+            Of its record.
+        """
+        focus = self._foci[place.key]
+        focus.record.update(changes)
+        if not shift_um:
+            return
+        focus.dz_um += shift_um
+        self.surface.move(place.key, focus.dz_um)
+        for key in ("z_after_um", "z_um", "surface_residual_um"):
+            if focus.record[key] is not None:
+                focus.record[key] += shift_um
 
     def leave_out(self, place: Place) -> None:
         """Take no frames of this visit."""

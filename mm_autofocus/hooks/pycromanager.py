@@ -21,7 +21,7 @@ import numpy as np
 
 from mm_autofocus.drive import drive, way_to
 from mm_autofocus.errors import CancelledError, FocusFailedError, InputError
-from mm_autofocus.hooks.checks import check_looks, stage_limits_um
+from mm_autofocus.hooks.checks import check_looks, prepare_strategy, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.rig import CoreRig
 from mm_autofocus.settings import KEY, AutofocusSettings, parse_settings
@@ -92,6 +92,9 @@ class AutofocusHook:
     ``on_failure: pause`` the hook waits until `resume` (or `cancel`) is called from
     another thread. pycro-manager does not tell a hook that the acquisition was aborted:
     call `cancel` beside ``abort``, and the search ends before its next look.
+
+    Frames are not verified by the model that focused, whatever ``verify`` says: a hook comes
+    before the exposure, and pycro-manager has no way to expose again.
     """
 
     def __init__(
@@ -102,6 +105,11 @@ class AutofocusHook:
         z_offsets_um: Sequence[float] | None = None,
         core: Any = None,
     ) -> None:
+        if settings.strategy == "hardware" and settings.shadow is not None:
+            raise InputError(
+                "autofocus_hook: shadow: beside 'hardware' a model would see the saved frame, "
+                "and a hook comes before it; use the engine of pymmcore-plus"
+            )
         self.settings = settings
         self.axes = tuple(axes)
         self.z_offsets_um = None if z_offsets_um is None else tuple(z_offsets_um)
@@ -187,6 +195,7 @@ class AutofocusHook:
             _make_tags_work()
             core = core if hasattr(core, "getFocusDevice") else _CamelCore(core)
             check_looks(core, self.settings)
+            prepare_strategy(core, self.settings, self.strategy)
             self._rig = CoreRig(_ImageCore(core), self.settings)
             offsets = self.z_offsets_um or (0.0,)
             self._ledger = Ledger(
@@ -228,7 +237,7 @@ class AutofocusHook:
         return self.z_offsets_um[index]
 
     def _focus(self, rig: CoreRig, ledger: Ledger, place: Place) -> None:
-        record = self._try(rig, ledger, place, ledger.request(place, rig.core.getPixelSizeUm()))
+        record = self._try(rig, ledger, place, ledger.request(place, rig.pixel_size_um()))
         if record["status"] != "failed":
             return
         what = f"{place.name}: not focused: {record['reason']}"
@@ -243,7 +252,7 @@ class AutofocusHook:
             self._resume.clear()
             self._resume.wait()
             self._checkpoint()
-            request = ledger.request_from(rig.position_um(), rig.core.getPixelSizeUm())
+            request = ledger.request_from(rig.position_um(), rig.pixel_size_um())
             self._try(rig, ledger, place, request)
 
     def _try(

@@ -22,6 +22,7 @@ from pymmcore_plus.mda import MDAEngine, SkipEvent
 from mm_autofocus.drive import drive, way_to
 from mm_autofocus.errors import CancelledError, FocusFailedError, HardwareError
 from mm_autofocus.hooks.ledger import Place
+from mm_autofocus.hooks.rig import faults_of
 from mm_autofocus.hooks.running import (
     FrameSink,
     Run,
@@ -31,6 +32,7 @@ from mm_autofocus.hooks.running import (
 )
 from mm_autofocus.hooks.signals import FocusSignals
 from mm_autofocus.hooks.thumbnail import detail_at, thumbnail_png
+from mm_autofocus.hooks.verifying import Verification
 from mm_autofocus.plan import (
     fresh,
     settings_of,
@@ -199,6 +201,9 @@ class AutofocusEngine(MDAEngine):
             if run.ledger.due(place, again=run.refocus_within_visit):
                 self._focus(run, event, place)
             return ()
+        check = run.verification(event) if run is not None and is_image(event) else None
+        if run is not None and check is not None:
+            return self._recorded(event, self._verified(run, event, check))
         frames = super().exec_event(event)
         # a plan that is none of our business gets the stock engine's own generator
         return frames if run is None and self.sink is None else self._recorded(event, frames)
@@ -264,6 +269,39 @@ class AutofocusEngine(MDAEngine):
         if self.sink is not None:
             self.sink.append(image, event, meta)
 
+    def _verified(
+        self, run: Run, event: useq.MDAEvent, check: Verification
+    ) -> Iterator[PImagePayload | None]:
+        """Take an event's frame, again if it is out of focus, and pass the better one on."""
+        core, fault = self.mmcore, None
+        lit = core.getShutterDevice() and not core.getAutoShutter() and core.getShutterOpen()
+        frames = list(super().exec_event(event))
+        try:
+            if frames and check.add(frames, check.target_um):
+                while (target := check.next_um()) is not None:
+                    self._checkpoint()
+                    limits, backlash_um = run.ledger.travel_um(), run.settings.backlash_um
+                    here_um = run.rig.position_um()
+                    for z_um in way_to(target, here_um, backlash_um, limits):
+                        run.rig.move_to(z_um)
+                    if lit:  # the first exposure has closed it
+                        with faults_of("the shutter could not be opened again"):
+                            core.setShutterOpen(True)
+                    again = list(super().exec_event(event))
+                    if not again or not check.add(again, target):
+                        break
+        except CancelledError:
+            pass  # the frame that was taken is kept
+        except HardwareError as e:
+            fault = e
+        if check.taken:
+            frames = check.conclude()
+            self.signals.verified.emit(check.pending.record)
+        for payload in frames:  # noqa: UP028 - a list cannot be sent the runner's signals
+            yield payload
+        if fault is not None:
+            raise fault
+
     # ------------------------------------------------------------------- focus
 
     def _shifted(self, event: useq.MDAEvent, place: Place) -> useq.MDAEvent:
@@ -320,7 +358,7 @@ class AutofocusEngine(MDAEngine):
     ) -> dict[str, Any]:
         core = self.mmcore
         z_before = run.rig.position_um()
-        pixel_size_um = core.getPixelSizeUm()
+        pixel_size_um = run.rig.pixel_size_um()
         # after a pause the operator may have moved the stage to where the tile is sharp
         request = (
             run.ledger.request_from(z_before, pixel_size_um)
@@ -347,6 +385,7 @@ class AutofocusEngine(MDAEngine):
             now_s=run.now_s(),
             thumbnail=_thumbnail(first[0]) if first else None,
         )
+        run.await_frame(place, event, request, result, record)
         self.signals.finished.emit(record)
         return record
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mm_autofocus.settings import AutofocusSettings
     from mm_autofocus.types import FocusRequest, Image
 
-__all__ = ["CoreRig", "channel_group", "faults_of"]
+__all__ = ["CoreRig", "channel_group", "faults_of", "full_scale"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,12 @@ class CoreRig:
         with faults_of(f"focus stage {self.stage!r} gives no position"):
             return float(self.core.getPosition(self.stage))
 
+    def at_rest_um(self) -> float:
+        """Where the focus stage stands once a move that someone else began has ended, in µm."""
+        with faults_of(f"focus stage {self.stage!r} does not come to rest"):
+            self.core.waitForDevice(self.stage)
+        return self.position_um()
+
     def move_to(self, z_um: float) -> None:
         """Send the focus stage to `z_um` (µm), wait for it, and let it settle."""
         with faults_of(f"focus stage {self.stage!r} could not be sent to {z_um:g} µm"):
@@ -66,11 +72,34 @@ class CoreRig:
                 if self._open_for_each_look:
                     core.setShutterOpen(False)
             image: Image = np.asarray(core.getImage())
-            bits = core.getImageBitDepth()
-        if settings.crop and settings.roi is not None:
-            x, y, width, height = settings.roi
+        return self._seen(image, z_um, cut=settings.crop)
+
+    def as_look(self, image: Image, z_um: float) -> Look:
+        """An image that was taken for another purpose, as if it had been a look.
+
+        Of a whole frame, the part that the looks show.
+        """
+        x, y, width, height = self.settings.roi or (0, 0, 0, 0)
+        cut = x + width <= image.shape[1] and y + height <= image.shape[0]
+        return self._seen(image, z_um, cut=cut)
+
+    def _seen(self, image: Image, z_um: float, *, cut: bool) -> Look:
+        if cut and self.settings.roi is not None:
+            x, y, width, height = self.settings.roi
             image = image[y : y + height, x : x + width]
-        return Look(z_um, image, max_value=_full_scale(image, bits))
+        with faults_of(f"camera {self.camera!r} does not tell its bit depth"):
+            bits = self.core.getImageBitDepth()
+        return Look(z_um, image, max_value=full_scale(image.dtype, bits))
+
+    def binning_ratio(self) -> float:
+        """Binning of the looks over that of the camera as it is set now."""
+        if self.settings.binning is None:
+            return 1.0
+        return self.settings.binning / float(self.core.getProperty(self.camera, "Binning"))
+
+    def pixel_size_um(self) -> float:
+        """Pixel size of the looks in the specimen, in µm; 0 where it is not known."""
+        return float(self.core.getPixelSizeUm()) * self.binning_ratio()
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -216,9 +245,9 @@ def _pairs(data: Any) -> list[tuple[str, str]]:
     return [(item[0], item[1]) for item in data]
 
 
-def _full_scale(image: Image, bits: int) -> float | None:
+def full_scale(dtype: np.dtype[Any], bits: int) -> float | None:
     """Grey value at which the camera saturates; None where it is not known."""
-    if image.dtype.kind not in "ui":
+    if dtype.kind not in "ui":
         return None
-    depth = 8 * image.dtype.itemsize
+    depth = 8 * dtype.itemsize
     return float(2 ** (bits if 0 < bits <= depth else depth) - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import useq
 from pymmcore_plus.core._sequencing import SequencedEvent
 
-from mm_autofocus.hooks.checks import check_plan, stage_limits_um
+from mm_autofocus.hooks.checks import check_plan, prepare_strategy, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.rig import CoreRig
+from mm_autofocus.hooks.verifying import Pending, Verification, Watching, why_not
 from mm_autofocus.plan import autofocus_plans, planned_home_um, position_of, z_offsets_um
-from mm_autofocus.strategies.escalate import build_strategy
-from mm_autofocus.types import Strategy
+from mm_autofocus.strategies.escalate import build_strategy, build_watcher
+from mm_autofocus.types import FocusRequest, FocusResult, Strategy, Verifies
 
 if TYPE_CHECKING:
     from pymmcore_plus import CMMCorePlus
 
     from mm_autofocus.settings import AutofocusSettings
+    from mm_autofocus.strategies.learned import Learned
 
 __all__ = ["FrameSink", "Run", "complaints_of_host", "is_image", "parts_of"]
 
@@ -70,6 +72,10 @@ class Run:
         To be switched on again at the end.
     started_s : float
         When the run began, on the clock of `time.perf_counter`.
+    watcher : Learned | None
+        The shadow of the hardware's autofocus; that of a strategy is part of `strategy`.
+    pending : dict
+        Place → the focus there that no frame has proved yet.
     """
 
     sequence: useq.MDASequence
@@ -80,6 +86,8 @@ class Run:
     refocus_within_visit: bool
     continuous_focus_was_on: bool = False
     started_s: float = field(default_factory=time.perf_counter)
+    watcher: Learned | None = None
+    pending: dict[Hashable, Pending] = field(default_factory=dict)
 
     @classmethod
     def prepare(
@@ -90,7 +98,7 @@ class Run:
         rig = CoreRig(core, settings)
         ledger = Ledger(
             settings,
-            z_run_start_um=rig.position_um(),
+            z_run_start_um=rig.at_rest_um(),
             offsets_um=z_offsets_um(sequence),
             stage_limits_um=stage_limits_um(core),
         )
@@ -112,13 +120,18 @@ class Run:
                 sorted(axes),
                 len(sequence.stage_positions),
             )
+        strategy = build_strategy(settings)
+        watcher = build_watcher(settings) if settings.strategy == "hardware" else None
+        for each in (strategy, watcher):
+            prepare_strategy(core, settings, each)
         run = cls(
             sequence,
             settings,
-            build_strategy(settings),
+            strategy,
             rig,
             ledger,
             refocus_within_visit=bool(axes & {"c", "z"}),
+            watcher=watcher,
         )
         if settings.strategy != "hardware" and core.isContinuousFocusEnabled():
             logger.warning(
@@ -133,6 +146,45 @@ class Run:
     def now_s(self) -> float:
         """Time since the run began, in s."""
         return time.perf_counter() - self.started_s
+
+    def await_frame(
+        self,
+        place: Place,
+        event: useq.MDAEvent,
+        request: FocusRequest,
+        result: FocusResult,
+        record: dict[str, Any],
+    ) -> None:
+        """Remember a focus that its first frame is to prove, if its strategy can judge one."""
+        self.pending.pop(place.key, None)
+        by_hardware = result.strategy == "hardware"
+        judge = self.watcher if by_hardware else self._judge()
+        if not result.found or judge is None or not (by_hardware or self.settings.verify):
+            return
+        channel = event.channel.config if event.channel else None
+        if not by_hardware:
+            channel = self.settings.channel or channel
+        self.pending[place.key] = Pending(request, record, channel, judge)
+
+    def verification(self, event: useq.MDAEvent) -> Verification | None:
+        """How the frame of `event` is verified; None if it is not."""
+        place = self.place(event)
+        pending = self.pending.pop(place.key, None)
+        if pending is None:
+            return None
+        sequenced = isinstance(event, SequencedEvent)
+        if why := why_not(pending, self.rig, event, sequenced=sequenced):
+            pending.leave(self.ledger, place, why)
+            return None
+        target = self.ledger.target_um(place, event.z_pos)
+        if target is None:
+            target = self.ledger.focus_um(place)
+        how = Watching if pending.judge is self.watcher else Verification
+        return how(pending, place, self.ledger, self.rig, target)
+
+    def _judge(self) -> Verifies | None:
+        strategy: object = self.strategy
+        return strategy if isinstance(strategy, Verifies) else None
 
     def place(self, event: useq.MDAEvent) -> Place:
         """Where and when in the plan an event, or a hardware sequence, belongs."""

@@ -20,8 +20,11 @@ class FocusSignals(SignalGroup):
         A look was taken and scored.
     finished : Signal(dict)
         The search has ended: its record (see `Ledger.enter`).
+    verified : Signal(dict)
+        The first frame at that focus was judged: its record, as it is now.
     """
 
     started = Signal(dict, FocusRequest)
     look = Signal(Look)
     finished = Signal(dict)
+    verified = Signal(dict)

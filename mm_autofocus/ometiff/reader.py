@@ -209,6 +209,9 @@ def _focus(record: dict[str, Any], tif: tifffile.TiffFile) -> FocusRecord:
         thumbnail=_thumbnail(tif, page, get("focus_id")) if has_thumbnail else None,
         frames=frames,
         record=record,
+        verified=get("verified"),
+        corrections=int(get("corrections") or 0),
+        details=get("details") or {},
     )
 
 

@@ -65,6 +65,12 @@ class FocusRecord:
         The planes that stand on it; for a skipped tile the planes that are not there.
     record : dict
         All that the engine said.
+    verified : bool | None
+        Whether its first frame was found to be in focus; None if it was not judged.
+    corrections : int
+        How often that frame was taken again.
+    details : dict
+        What the strategy told beside it: model, predictions, verification, shadow, ...
     """
 
     focus_id: int | str
@@ -85,6 +91,9 @@ class FocusRecord:
     thumbnail: bytes | None
     frames: tuple[FrameUse, ...]
     record: dict[str, Any]
+    verified: bool | None = None
+    corrections: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,22 @@ from typing import Any
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.registry import STRATEGIES
-from mm_autofocus.settings import AutofocusSettings, EscalationStep
-from mm_autofocus.types import FocusRequest, FocusResult, Looking, Strategy
+from mm_autofocus.settings import AutofocusSettings, EscalationStep, settings_for
+from mm_autofocus.strategies.learned import Learned
+from mm_autofocus.strategies.shadow import Shadow
+from mm_autofocus.types import (
+    FocusRequest,
+    FocusResult,
+    FrameFormat,
+    Look,
+    Looking,
+    Prepares,
+    Strategy,
+    Verdict,
+    Verifies,
+)
 
-__all__ = ["Escalate", "build_strategy"]
+__all__ = ["Escalate", "build_strategy", "build_watcher"]
 
 
 class Escalate:
@@ -43,9 +55,22 @@ class Escalate:
             raise InputError("escalate: there is no strategy")
         self.steps = tuple(steps)
         self.name = self.steps[0][0].name
+        self._answered: Strategy | None = None
+
+    def prepare(self, frames: FrameFormat) -> None:
+        """Prepare all of them."""
+        for strategy, _ in self.steps:
+            if isinstance(strategy, Prepares):
+                strategy.prepare(frames)
+
+    def verify(self, frame: Look, request: FocusRequest, offset_um: float) -> Verdict | None:
+        """Let the strategy that answered last judge a frame."""
+        who = self._answered
+        return who.verify(frame, request, offset_um) if isinstance(who, Verifies) else None
 
     def focus(self, request: FocusRequest) -> Looking:
         """Begin the search that `request` describes."""
+        self._answered = None
         results: list[FocusResult] = []
         left = request.max_looks
         for strategy, step in self.steps:
@@ -58,7 +83,9 @@ class Escalate:
             results.append(replace(result, strategy=result.strategy or strategy.name))
             if result.status == "ok":
                 break
-        return _answer(results)
+        answer, k = _answer(results)
+        self._answered = self.steps[k][0]
+        return answer
 
 
 def _request_for(
@@ -114,7 +141,8 @@ def _best(results: Sequence[FocusResult]) -> FocusResult | None:
     )
 
 
-def _answer(results: Sequence[FocusResult]) -> FocusResult:
+def _answer(results: Sequence[FocusResult]) -> tuple[FocusResult, int]:
+    """The result of all, and which of them it is."""
     tried = [
         {
             "strategy": r.strategy,
@@ -127,20 +155,21 @@ def _answer(results: Sequence[FocusResult]) -> FocusResult:
     ]
     last = results[-1]
     chosen = last if last.status == "ok" else _best(results)
+    k = next((i for i, r in enumerate(results) if r is chosen), len(results) - 1)
     if chosen is None:
         # the same clause need not be said twice
         reasons = dict.fromkeys(r.reason for r in results if r.reason)
         chosen = replace(last, reason="; ".join(reasons))
-    return replace(chosen, details={**chosen.details, "tried": tried})
+    return replace(chosen, details={**chosen.details, "tried": tried}), k
 
 
 def build_strategy(settings: AutofocusSettings) -> Strategy | None:
-    """The strategy that `settings` name, with what it escalates to.
+    """The strategy that `settings` name, with what it escalates to and what watches it.
 
     Parameters
     ----------
     settings : AutofocusSettings
-        ``strategy`` and ``escalate``.
+        ``strategy``, ``escalate`` and ``shadow``.
 
     Returns
     -------
@@ -151,29 +180,57 @@ def build_strategy(settings: AutofocusSettings) -> Strategy | None:
     Raises
     ------
     InputError
-        A name is not registered, or a strategy refuses its settings.
+        A name is not registered, a strategy refuses its settings, or a model cannot be
+        loaded.
     """
     steps: list[tuple[Strategy, EscalationStep | None]] = []
     if settings.strategy != "hardware":
         steps.append((_build(settings.strategy, settings), None))
-    steps += [(_build(step.strategy, settings), step) for step in settings.escalate]
+    for step in settings.escalate:
+        own = settings_for(step.strategy, settings, model=step.model)
+        steps.append((_build(step.strategy, own), step))
     if not steps:
         return None
-    if len(steps) == 1 and steps[0][1] is None:
-        return steps[0][0]
-    return Escalate(steps)
+    strategy = steps[0][0]
+    if len(steps) > 1 or steps[0][1] is not None:
+        strategy = Escalate(steps)
+    if settings.strategy == "hardware":
+        return strategy  # its shadow watches the hardware
+    watcher = build_watcher(settings)
+    return strategy if watcher is None else Shadow(strategy, watcher)
+
+
+def build_watcher(settings: AutofocusSettings) -> Learned | None:
+    """The learned strategy of ``shadow``; None if there is none.
+
+    Raises
+    ------
+    InputError
+        It is no learned strategy, its model cannot be loaded, or it needs more than the one
+        frame that there is beside the hardware's autofocus.
+    """
+    shadow = settings.shadow
+    if shadow is None:
+        return None
+    own = settings_for(shadow.strategy, settings, model=shadow.model)
+    watcher = _build(shadow.strategy, own)
+    if not isinstance(watcher, Learned):
+        raise InputError(
+            f"shadow.strategy: {shadow.strategy!r} is not a learned strategy; use one-shot or "
+            "two-look"
+        )
+    if settings.strategy == "hardware" and watcher.several:
+        raise InputError(
+            "shadow: beside 'hardware' a model sees the saved frame alone, and "
+            f"{watcher.card.name!r} takes {watcher.card.n_looks} looks"
+        )
+    return watcher
 
 
 def _build(name: str, settings: AutofocusSettings) -> Strategy:
     strategy = STRATEGIES.get(name)
-    model = getattr(strategy, "Settings", AutofocusSettings)
-    if not isinstance(settings, model):
+    if not isinstance(settings, getattr(strategy, "Settings", AutofocusSettings)):
         # The keys of one strategy are unknown to the next; it gets those that all share.
-        shared = {
-            key: getattr(settings, key)
-            for key in AutofocusSettings.model_fields
-            if key in settings.model_fields_set
-        }
-        settings = model.model_validate({**shared, "strategy": name, "escalate": ()})
+        settings = settings_for(name, settings)
     built: Strategy = strategy(settings)
     return built

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def is_dataset(path: str | os.PathLike[str]) -> bool:
 
 
 def add_datasets(
-    sources: list[str | os.PathLike[str]], output: str | os.PathLike[str]
+    sources: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
 ) -> tuple[Dataset, int]:
     """Add the stacks of datasets, with their labels and truth, to another one.
 
@@ -31,7 +32,7 @@ def add_datasets(
 
     Parameters
     ----------
-    sources : list of path
+    sources : sequence of path
         Folders of datasets, labelled by the same focus measure.
     output : path
         Folder of the dataset: not there yet, empty, or a dataset. Stacks that it has from
