@@ -127,7 +127,7 @@ def collect_share(folder: Path, stacks: int, job: int, jobs: int) -> None:
                     stage_positions=fields,
                     z_plan=useq.ZRelativePositions(relative=PLANES_UM),
                 )
-                collect(plan, core, folder, slide=slide, optics=OPTICS)
+                collect(plan, core, folder, slide=slide, optics=OPTICS, simulated=True)
             done += len(fields)
             print(f"job {job}: slide {slide}, {done} stacks", flush=True)
     finally:

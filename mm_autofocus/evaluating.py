@@ -106,11 +106,9 @@ def evaluate_model(
     skipped = sum(s.skipped for s in searches.values() if isinstance(s, HillClimb))
     if skipped:
         notes.append(f"hill-climb: not replayed on {skipped} stacks of uneven planes.")
-    simulated = sum(s.truth is not None for s in stacks)
+    simulated = sum(map(data.is_simulated, stacks))
     if simulated:
-        notes.append(
-            f"{simulated} of {len(stacks)} stacks are of the virtual slide: simulated."
-        )
+        notes.append(f"{simulated} of {len(stacks)} stacks are simulated.")
     found.notes = notes
     found.about = {
         "model": judged.card.name,

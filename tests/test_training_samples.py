@@ -36,7 +36,7 @@ from mm_autofocus.training.samples import (
 from blurred import PATCH, make_dataset, stack
 
 STILL = AugmentOptions(
-    turns=False,
+    turns="none",
     brightness=(1, 1),
     contrast=(1, 1),
     saturation=(1, 1),
@@ -142,8 +142,8 @@ def test_the_share_of_a_patch_is_counted(seed, row, column, cells) -> None:
     assert share(mask, corner, cells * 8)[0] == pytest.approx(expected)
 
 
-def test_importance_reaches_the_threshold_at_two_percent() -> None:
-    values = importance_of(np.array([0.0, 0.0199, 0.0201, 0.1, 0.5, 1.0], np.float32))
+def test_importance_reaches_the_threshold_at_one_cell_in_a_patch() -> None:
+    values = importance_of(np.array([0.0, 0.0079, 0.0081, 0.1, 0.5, 1.0], np.float32))
     assert (values >= 0.8).tolist() == [False, False, True, True, True, True]
     assert (np.diff(values[:5]) > 0).all()
 
@@ -416,3 +416,21 @@ def test_a_blank_field_teaches_that_nothing_is_there(dataset: Dataset) -> None:
     assert source[0]["mosaic"].shape == (2, 112, 112)
     with pytest.raises(InputError, match="none of the stacks"):
         PatchSource(blank, PATCH, 4, 0, AugmentOptions())
+
+
+@pytest.mark.parametrize(
+    ("turns", "how_many"), [("all", 8), ("half", 2), ("none", 1), (True, 8), (False, 1)]
+)
+def test_as_many_turns_are_made_as_the_microscope_bears(turns, how_many) -> None:
+    sample = np.arange(12 * 12, dtype=np.float32).reshape(1, 12, 12) / 144
+    options = STILL.model_validate({**STILL.model_dump(), "turns": turns})
+    seen = {
+        augment(sample.copy(), options, np.random.default_rng(seed), 1).tobytes()
+        for seed in range(60)
+    }
+    assert len(seen) == how_many
+    if turns == "half":
+        assert seen == {
+            sample.tobytes(),
+            np.ascontiguousarray(np.rot90(sample, 2, (1, 2))).tobytes(),
+        }

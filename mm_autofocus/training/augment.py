@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Real: TypeAlias = npt.NDArray[np.float32]
 
-__all__ = ["AugmentOptions", "augment", "change_intensity", "turn"]
+__all__ = ["AugmentOptions", "allowed_turn", "augment", "change_intensity", "turn"]
 
 _TABLE = 1 << 20
 
@@ -33,8 +33,10 @@ class AugmentOptions(BaseModel):
 
     Attributes
     ----------
-    turns : bool
-        Flips and right-angle turns.
+    turns : {"all", "half", "none"}
+        Flips and right-angle turns, half turns only, or nothing. On a microscope whose sign of
+        defocus is told by astigmatism alone, a flip or a quarter turn makes one side look
+        like the other: half turns are all that it bears.
     brightness, contrast, saturation : tuple of float
         Ranges of factors; those of the SparseFocus paper. Brightness is kept below
         saturation; contrast is about the mean of the sample.
@@ -46,12 +48,17 @@ class AugmentOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    turns: bool = True
+    turns: Literal["all", "half", "none"] = "all"
     brightness: _Range = (0.9, 1.4)
     contrast: _Range = (0.8, 1.5)
     saturation: _Range = (0.8, 1.5)
     offset: Annotated[float, Field(ge=0, le=0.5)] = 0.02
     noise: Annotated[float, Field(ge=0, le=0.5)] = 0.01
+
+    @field_validator("turns", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: object) -> object:
+        return {True: "all", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("brightness", "contrast", "saturation")
     @classmethod
@@ -68,6 +75,13 @@ def turn(sample: Real, which: int) -> Real:
     if which & 2:
         sample = sample[..., ::-1, :]
     return np.swapaxes(sample, -1, -2) if which & 4 else sample
+
+
+def allowed_turn(options: AugmentOptions, which: int) -> int:
+    """Of the eight turns, `which` if it is allowed, or what takes its place."""
+    if options.turns == "half":
+        return 3 * (which & 1)  # both flips at once: half a turn
+    return which if options.turns == "all" else 0
 
 
 def change_intensity(
@@ -120,9 +134,9 @@ def augment(
     numpy.ndarray
         Contiguous, of the same shape if it was square.
     """
-    which = int(rng.integers(8))
+    which = allowed_turn(options, int(rng.integers(8)))
     u = rng.random(5)
-    if options.turns:
+    if which:
         sample = np.ascontiguousarray(turn(sample, which))
     # a camera set brighter would saturate; a specimen would not
     room = max(1.0, 1 / max(float(sample.max()), 1e-3))

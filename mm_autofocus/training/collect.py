@@ -101,6 +101,7 @@ def collect(
     optics: Mapping[str, float] | None = None,
     settings: Mapping[str, Any] | None = None,
     truth: StackTruth | None = None,
+    simulated: bool = False,
     run: Callable[..., RunResult] = run_plan,
 ) -> Collected:
     """Take the z-stacks of a plan and write them as a dataset.
@@ -125,6 +126,9 @@ def collect(
         Replace single settings of the plan.
     truth : StackTruth, optional
         Of a simulator.
+    simulated : bool, optional
+        The microscope is a simulator, though its truth is not asked for (which takes as long
+        as the stack).
     run : callable, optional
         Runs the plan, with the parameters of `mm_autofocus.run`.
 
@@ -136,7 +140,7 @@ def collect(
         A fault ended the run; the stacks before it are in the dataset.
     """
     collection = Collection(plan, output, slide=slide, optics=optics, settings=settings)
-    return collection.run(core, truth=truth, run=run)
+    return collection.run(core, truth=truth, simulated=simulated, run=run)
 
 
 def measure_of(settings: AutofocusSettings | None) -> FocusMeasure:
@@ -188,6 +192,7 @@ class Collection:
         core: CMMCorePlus,
         *,
         truth: StackTruth | None = None,
+        simulated: bool = False,
         run: Callable[..., RunResult] = run_plan,
     ) -> Collected:
         """Take what the dataset does not have yet; see `collect`."""
@@ -198,6 +203,7 @@ class Collection:
         facts = {
             "plan": self.plan,
             "without_stack": {},
+            "simulated": simulated or truth is not None,
             "begun": datetime.now(UTC).isoformat(timespec="seconds"),
             "made_by": f"mm_autofocus {mm_autofocus.__version__}",
         }

@@ -121,6 +121,11 @@ class Dataset:
         """Stacks with a label."""
         return tuple(s for s in self.stacks if s.labelled)
 
+    def is_simulated(self, stack: Stack) -> bool:
+        """Whether a simulator made a stack; figures that stand on it must say so."""
+        facts = self.meta["slides"].get(stack.slide, {})
+        return stack.truth is not None or bool(facts.get("simulated"))
+
     @property
     def written_split(self) -> Split | None:
         """The split that is written down in the dataset, if one is."""

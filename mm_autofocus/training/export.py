@@ -234,7 +234,7 @@ def _card(
     kinds: dict[str, int] = {}
     for s in stacks:
         kinds[s.sparsity] = kinds.get(s.sparsity, 0) + 1
-    simulated = any(s.truth is not None for s in stacks)
+    simulated = any(map(data.is_simulated, stacks))
     return ModelCard(
         name=name,
         architecture=state["model"],
@@ -267,7 +267,7 @@ def _card(
 
 
 def _metrics(data: Dataset, seen: Seen, parity: float, path: Path) -> dict[str, Any]:
-    simulated = any(s.truth is not None for s in data.part("validation"))
+    simulated = any(map(data.is_simulated, data.part("validation")))
     kind = "simulated" if simulated else "recorded"
     return {
         "validation": {

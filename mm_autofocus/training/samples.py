@@ -16,7 +16,7 @@ import numpy as np
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.models.patches import CELL_PX, grid
-from mm_autofocus.training.augment import AugmentOptions, augment, turn
+from mm_autofocus.training.augment import AugmentOptions, allowed_turn, augment, turn
 from mm_autofocus.training.fields import (
     Field,
     fields_of,
@@ -192,10 +192,9 @@ class MosaicSource(_Source):
         cells = np.arange(n) * self.patch_px
         corners = np.stack(np.meshgrid(cells + y, cells + x, indexing="ij"), -1).reshape(-1, 2)
         weights = importance_of(share(of.content, corners, self.patch_px)).reshape(n, n)
-        which_turn = int(rng.integers(8))
-        if self.change.turns:
-            small, weights = turn(small, which_turn), turn(weights, which_turn)
-        still = self.change.model_copy(update={"turns": False})
+        which_turn = allowed_turn(self.change, int(rng.integers(8)))
+        small, weights = turn(small, which_turn), turn(weights, which_turn)
+        still = self.change.model_copy(update={"turns": "none"})
         small = augment(np.ascontiguousarray(small), still, rng, of.planes.shape[1])
         return {"mosaic": small, "importance": np.ascontiguousarray(weights)}
 
