@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mm_autofocus.hooks.pymmcore import AutofocusEngine
 
-__all__ = ["RunDisplay", "make_console", "number", "tile_table"]
+__all__ = ["RunDisplay", "make_console", "number", "print_tiles", "tile_table"]
 
 _STYLE = {"ok": "green", "low-confidence": "yellow", "stale": "yellow", "failed": "red"}
 # A live table longer than the terminal flickers; the file and the report have all tiles.
@@ -25,6 +25,8 @@ _LIVE_ROWS = 12
 
 # Where there is no terminal, rich assumes 80 columns and cuts the tables.
 _PLAIN_WIDTH = 150
+# The narrowest column in which a clause still reads.
+_WHY_WIDTH = 32
 
 Column = tuple[str, str]
 COLUMNS: tuple[Column, ...] = (
@@ -52,22 +54,51 @@ def number(value: Any, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
+def print_tiles(
+    records: Sequence[dict[str, Any]],
+    console: Console,
+    columns: Sequence[Column] = COLUMNS,
+) -> None:
+    """Print a table of tiles, and why some are to distrust where there is room for it.
+
+    A clause in a narrow column would be a tower of single words: then the reasons follow the
+    table, each with its tiles.
+    """
+    table = tile_table(records, columns, why=False)
+    room = console.width - console.measure(table).maximum
+    if room >= _WHY_WIDTH:
+        console.print(tile_table(records, columns))
+        return
+    console.print(table)
+    tiles: dict[str, list[str]] = {}
+    for record in records:
+        if reason := record.get("reason"):
+            tiles.setdefault(reason, []).append(str(record.get("position")))
+    for reason, names in tiles.items():
+        console.print(f"{', '.join(names)}: {reason}", highlight=False, soft_wrap=True)
+
+
 def tile_table(
-    records: Iterable[dict[str, Any]], columns: Sequence[Column] = COLUMNS, title: str = ""
+    records: Iterable[dict[str, Any]],
+    columns: Sequence[Column] = COLUMNS,
+    title: str = "",
+    *,
+    why: bool = True,
 ) -> Table:
     """A table with one row per record of an autofocus."""
     table = Table(title=title or None, title_justify="left")
     for heading, key in columns:
         text = key in {"position", "status", "kind"}
         table.add_column(heading, justify="left" if text else "right", no_wrap=True)
-    table.add_column("why", overflow="fold")
+    if why:
+        table.add_column("why", overflow="fold")
     for record in records:
         style = _STYLE.get(record.get("status", ""), "")
         cells = [Text(number(record.get(key))) for _, key in columns]
         for cell, (_, key) in zip(cells, columns, strict=True):
             if key == "status":
                 cell.stylize(style)
-        table.add_row(*cells, record.get("reason") or "")
+        table.add_row(*cells, *([record.get("reason") or ""] if why else []))
     return table
 
 

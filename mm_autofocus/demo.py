@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_autofocus.console import COLUMNS, make_console, tile_table
+from mm_autofocus.console import COLUMNS, make_console, print_tiles
 from mm_autofocus.errors import InputError
 from mm_autofocus.predictions import cells, columns
 
@@ -247,7 +247,7 @@ def _tell(
     real_time: bool,
 ) -> None:
     console = make_console()
-    console.print(tile_table(rows, [*_DEMO_COLUMNS, *columns(rows)]))
+    print_tiles(rows, console, [*_DEMO_COLUMNS, *columns(rows)])
     tiles_per_slide = (_SLIDE_MM * 1000 / (512 * 0.325)) ** 2
     each_s = took_s / max(len(rows), 1)
     minutes = tiles_per_slide * each_s / 60

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_autofocus.console import COLUMNS, number, tile_table
+from mm_autofocus.console import COLUMNS, number, print_tiles
 from mm_autofocus.errors import HardwareError, InputError
 from mm_autofocus.hooks.thumbnail import detail_at, thumbnail_png
 from mm_autofocus.ometiff import FileRecord, FocusRecord, read_plane, read_record
@@ -104,7 +104,7 @@ def print_record(record: FileRecord, console: Console) -> None:
     rows = [_row(focus) for focus in record.focus]
     for sentence in _of_models(record):
         line(sentence)
-    console.print(tile_table(rows, [*COLUMNS, *columns(rows)]))
+    print_tiles(rows, console, [*COLUMNS, *columns(rows)])
 
 
 def write_report(

@@ -10,7 +10,7 @@ from typing import Any
 
 from mm_autofocus.api import RunResult
 from mm_autofocus.api import run as run_plan
-from mm_autofocus.console import COLUMNS, RunDisplay, make_console, tile_table
+from mm_autofocus.console import COLUMNS, RunDisplay, make_console, print_tiles
 from mm_autofocus.plan import fresh
 from mm_autofocus.predictions import cells, columns, facts, summary
 
@@ -54,7 +54,7 @@ def run_shown(
     if not as_json:
         if console.is_terminal and result.records:
             rows = [{**r, **cells(r)} for r in result.records]
-            console.print(tile_table(rows, [*COLUMNS, *columns(rows)]))
+            print_tiles(rows, console, [*COLUMNS, *columns(rows)])
         console.print(_summary(result), highlight=False, soft_wrap=True)
     return result
 

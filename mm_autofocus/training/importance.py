@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from mm_autofocus.measure import FocusMeasure, noise_variance
-from mm_autofocus.training.label import _LEAST_NOISE, _local_variance
+from mm_autofocus.training.label import LEAST_NOISE, local_variance
 from mm_autofocus.training.stack import Stack
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ def content_map(stack: Stack, measure: FocusMeasure | None = None) -> Mask:
     for k in (best, int(order[0]), int(order[-1])):
         grey = measure.grey(stack.plane(k)).astype(np.float32)
         root = np.sqrt(np.maximum(grey, 0))
-        variance.append(_local_variance(root))
+        variance.append(local_variance(root))
         noise = min(noise, noise_variance(root))
     sharp, ends = variance[0], np.minimum(variance[1], variance[2])
-    mask = (sharp > max(noise, _LEAST_NOISE)) & (sharp > _SHARPER * ends)
+    mask = (sharp > max(noise, LEAST_NOISE)) & (sharp > _SHARPER * ends)
     closed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
     return np.asarray(closed, bool)
 

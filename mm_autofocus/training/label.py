@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
     Floats: TypeAlias = npt.NDArray[np.float64]
 
-__all__ = ["LEAST_PLANES", "SPARSITIES", "Label", "Sparsity", "StackMeter", "sparsity_of"]
+__all__ = [
+    "LEAST_NOISE",
+    "LEAST_PLANES",
+    "SPARSITIES",
+    "Label",
+    "Sparsity",
+    "StackMeter",
+    "local_variance",
+    "sparsity_of",
+]
 
 Sparsity = Literal["dense", "sparse", "extremely-sparse", "blank"]
 
@@ -33,6 +42,9 @@ SPARSITIES: tuple[Sparsity, ...] = ("dense", "sparse", "extremely-sparse", "blan
 
 LEAST_PLANES = 5
 """Fewer cannot show a peak and both its flanks."""
+
+LEAST_NOISE = 1e-4
+"""Variance of square roots of grey values that a camera without noise has by rounding."""
 
 _DENSE, _SPARSE, _FLECK = 0.45, 0.06, 0.002
 
@@ -42,7 +54,6 @@ _FALL = 0.3  # part of the peak's height by which both sides must fall
 _SECOND = 0.5  # a second peak so high, in parts of the first ...
 _DIP = 0.25  # ... behind a valley so deep leaves two answers
 _MODEL = 0.025  # error of the fitted shape, in widths of the peak at half height
-_LEAST_NOISE = 1e-4  # variance of square roots that a camera without noise has by rounding
 _ENOUGH = 6  # planes to fit
 _SAMPLING = 0.1  # and in distances of the planes
 
@@ -130,7 +141,7 @@ class StackMeter:
         # a blurred plane shows the noise alone, a sharp one fine structure as well
         self._noise = min(self._noise, noise_variance(root))
         if score > max(self.scores, default=-math.inf):
-            self._variance = _local_variance(root)
+            self._variance = local_variance(root)
         self.z_um.append(float(z_um))
         self.scores.append(score)
         self._tiles.append(self.measure.tile_scores(grey))
@@ -144,7 +155,7 @@ class StackMeter:
         if not self._variance.size:
             return 0.0
         # a quarter of the noise is left in pixels of 2 × 2; four times that is no noise
-        mask = (self._variance > max(self._noise, _LEAST_NOISE)).astype(np.uint8)
+        mask = (self._variance > max(self._noise, LEAST_NOISE)).astype(np.uint8)
         kernel = np.ones((3, 3), np.uint8)
         return float(np.mean(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)))
 
@@ -186,7 +197,7 @@ def sparsity_of(content: float) -> Sparsity:
     return "extremely-sparse" if content >= _FLECK else "blank"
 
 
-def _local_variance(image: npt.NDArray[np.float32]) -> Floats:
+def local_variance(image: npt.NDArray[np.float32]) -> Floats:
     """Variance in windows of 8 × 8 pixels, of pixels of 2 × 2; ``(Y / 8, X / 8)``."""
     rows, columns = image.shape[0] // 8, image.shape[1] // 8
     if not rows or not columns:
