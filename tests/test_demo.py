@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from mm_autofocus import cli
-from mm_autofocus.models.importing import shipped_models
 from mm_autofocus.ometiff import read_record
 
 from conftest import ROOT
@@ -98,8 +97,6 @@ def test_a_model_that_is_not_there_is_named(
 
 
 def test_the_marks_of_the_shipped_model(tmp_path: Path) -> None:
-    if "sparsefocus-slide20x" not in shipped_models():
-        pytest.skip("the model of the virtual slide is not there yet")
     _, text = demo("-o", str(tmp_path), "--strategy", "one-shot", "--json")
     told = json.loads(text)
     assert told["looks_per_tile"] <= 1.2

@@ -275,3 +275,19 @@ def test_the_theory_alone_finds_the_defocus_of_a_blurred_texture(looks) -> None:
         signs.append(answer * d > 0)
     assert np.mean(errors) < 1.1  # hypotheses are 1 µm apart
     assert len(looks) == 1 or all(signs)
+
+
+def test_the_importance_of_a_patch_does_not_depend_on_its_neighbours() -> None:
+    net = build_net("sparsefocus", NetContext(channels=3)).eval()
+    assert net.rin is not None
+    mosaic = torch.rand(1, 3, 3 * 56, 4 * 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = net.rin(mosaic)
+        alone = [
+            net.rin(mosaic[..., 56 * i : 56 * i + 56, 56 * j : 56 * j + 56])[0, 0, 0]
+            for i in range(3)
+            for j in range(4)
+        ]
+    assert whole.shape == (1, 3, 4)
+    assert torch.allclose(whole.flatten(), torch.stack(alone), atol=1e-5)
+    assert float(whole.std()) > 0

@@ -13,7 +13,6 @@ import tifffile
 import yaml
 from mm_autofocus import run
 from mm_autofocus.config import close_core, open_core
-from mm_autofocus.models.importing import shipped_models
 from mm_autofocus.ometiff import read_record
 from pymmcore_plus import CMMCorePlus
 
@@ -125,8 +124,6 @@ def test_a_learned_plan_does_what_it_says(
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_learned_plan_runs_with_its_shipped_model(name: str, tmp_path: Path) -> None:
-    if LEARNED[name][0] not in shipped_models():
-        pytest.skip(f"{LEARNED[name][0]} is not there yet")
     core = open_core("virtual_slide.cfg")
     try:
         result = run(PLANS / name, core=core, output=tmp_path / "run.ome.tiff")

@@ -155,7 +155,7 @@ class Asking:
             doubts.append("the model does not tell its error")
         elif not doubts and self._unsure(last):
             doubts.append(
-                f"the expected error of {error:.2g} µm is larger than the tolerance of "
+                f"the expected error of {error:.3g} µm is larger than the tolerance of "
                 f"{self.tolerance_um:.2g} µm"
             )
         return FocusResult(

@@ -27,6 +27,7 @@ from mm_autofocus.models.nets.base import (
     Standardise,
 )
 from mm_autofocus.models.nets.heads import make_head
+from mm_autofocus.models.patches import CELL_PX
 
 __all__ = ["Dpn", "Rin", "SparseFocus", "SparseFocusOptions"]
 
@@ -162,9 +163,10 @@ class Inverted(nn.Module):
 class Rin(nn.Module):
     """Importance of each patch of a mosaic, as logits.
 
-    Fully convolutional with a total stride of 56, the edge of a cell, so that any mosaic
-    of whole cells fits. After MobileNetV3, without its squeeze-and-excitation: an average
-    over the whole frame would make the weight of a patch depend on the others.
+    Convolutional, and each cell by itself: beside its neighbours in a frame of 9 × 9 patches
+    a cell means what it meant alone in training, while padding that reaches from the rim of
+    a mosaic into its cells would make the middle of large frames look like nothing that was
+    learned. After MobileNetV3, without its squeeze-and-excitation.
     """
 
     def __init__(self, in_channels: int, widths: tuple[int, int, int]) -> None:
@@ -185,8 +187,12 @@ class Rin(nn.Module):
 
     def forward(self, mosaic: Tensor) -> Tensor:
         """``(M, C, rows · 56, columns · 56)`` to ``(M, rows, columns)``."""
-        x: Tensor = self.layers(mosaic)
-        return x.squeeze(1)
+        m, c, height, width = mosaic.shape
+        rows, columns = height // CELL_PX, width // CELL_PX
+        cells = mosaic.reshape(m, c, rows, CELL_PX, columns, CELL_PX)
+        cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, c, CELL_PX, CELL_PX)
+        x: Tensor = self.layers(cells)
+        return x.reshape(m, rows, columns)
 
 
 class SparseFocus(DefocusNet):
