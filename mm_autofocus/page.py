@@ -23,7 +23,7 @@ COLOURS = {
 """Colour of a status."""
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; max-width: 1080px;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; max-width: 1360px;
        margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 .meta, figcaption, .none { color: #6e6e73 } .warn { color: #b3261e; font-weight: 600 }
@@ -31,6 +31,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5ea; text-align: right }
 th:first-child, td:first-child, td.text, th.text { text-align: left }
 td { white-space: nowrap } td:last-child { white-space: normal }
+td.text:last-child { min-width: 19rem }
 .tiles { display: grid; gap: 1rem;
          grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
 figure { margin: 0 } img.plot { max-width: 100% }

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["BinsHead", "GaussianHead", "make_head"]
 
 _LEAST_SD_UM = 0.02
-_MODE_BINS = 3.5  # half width of what counts to the peak, in bins
+_MODE_BINS = 7.0  # half width of what counts to the peak, in bins
 _BLUR_BINS = 0.75  # standard deviation of a soft label, in bins
 
 
