@@ -50,6 +50,15 @@ def _sets(pairs: Sequence[str]) -> list[str]:
     return [word for pair in pairs for word in ("--set", pair)]
 
 
+def _flags(args: argparse.Namespace) -> str:
+    """The options of this run, to be typed again."""
+    words = ["--net", args.net]
+    words += ["--minutes", f"{args.minutes:g}"] if args.minutes else []
+    words += ["--init", Path(args.init).name] if args.init else []
+    words += [word for pair in args.set for word in ("--set", pair)]
+    return " " + " ".join(words)
+
+
 # ---------------------------------------------------------------------------- brain
 
 
@@ -97,7 +106,7 @@ def brain(args: argparse.Namespace) -> str:
         f"is the sign of defocus in one image? **{sign['verdict']}**: {sign['reason']}",
     ]
     lines += ["", "; ".join(texts) + ".", ""]
-    lines.append(f"`python benchmarks/learned.py --part brain --net {args.net} --write`")
+    lines.append(f"`python benchmarks/learned.py --part brain{_flags(args)} --write`")
     lines.append("Marks: two looks, MAE ≤ 0.45 µm, direction ≥ 99.5 % beyond 2 µm, ± 12 µm.")
     return "\n".join(lines)
 
@@ -228,7 +237,7 @@ def metal(args: argparse.Namespace) -> str:
             _split_for(data, learn)
             lines.append(_metal_line(args, Path(folder), data, learn))
             print(lines[-1], flush=True)
-    lines += ["", f"`python benchmarks/learned.py --part metal --net {args.net} --write`"]
+    lines += ["", f"`python benchmarks/learned.py --part metal{_flags(args)} --write`"]
     return "\n".join(lines)
 
 

@@ -117,6 +117,7 @@ def _section(found: Evaluation, args: argparse.Namespace, seconds: float) -> str
             if rows:
                 lines.append(_line(who, c, rows))
     lines += ["", *_marks(people), "", *_against_defocus(people), "", *_kinds(people)]
+    lines += ["", *_factors(people)]
     known = merit.calibration(found.model.rows)
     if known is not None:
         within = ", ".join(f"{share(v)} within {k} ×" for k, v in known["within"].items())
@@ -204,6 +205,38 @@ def _against_defocus(people: dict[str, Any]) -> list[str]:
                 name = NAMES[c.replace("-", "_")]
                 lines.append(f"| {who} | {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _factors(people: dict[str, Any]) -> list[str]:
+    """How much of the error is one factor per field: a lens that the model misjudges."""
+    texts = []
+    for who in (ONE, TWO):
+        if who not in people:
+            continue
+        fields: dict[str, list[Row]] = {}
+        for r in people[who].rows:
+            if r.predicted_um is not None:
+                fields.setdefault(f"{r.field}/{r.sparsity}", []).append(r)
+        before, after, factors = [], [], []
+        for rows in fields.values():
+            said = np.array([r.predicted_um for r in rows])
+            true = np.array([r.true_um for r in rows])
+            # the factor that makes the sum of absolute errors least
+            said, true = said[true != 0], true[true != 0]
+            order = np.argsort(said / true)
+            weights = np.abs(true)[order].cumsum()
+            middle = order[np.searchsorted(weights, weights[-1] / 2)]
+            factors.append(float(said[middle] / true[middle]))
+            before.append(np.abs(said - true).mean())
+            after.append(np.abs(said / factors[-1] - true).mean())
+        texts.append(
+            f"`{who}`: {np.mean(before):.2f} → {np.mean(after):.2f} µm, factors "
+            f"{np.mean(factors):.3f} ± {np.std(factors):.3f}"
+        )
+    return [
+        "MAE if the predictions of each field were multiplied by one factor, fitted to the "
+        f"truth (not possible in use; what a misjudged lens costs): {'; '.join(texts)}."
+    ]
 
 
 def _kinds(people: dict[str, Any]) -> list[str]:

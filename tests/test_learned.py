@@ -198,7 +198,7 @@ def test_near_focus_and_unsure_another_look_is_of_no_use() -> None:
     result = run(one(sd=0.4), rig)
     assert (result.looks, result.status) == (1, "low-confidence")
     assert result.reason == (
-        "the expected error of 0.4 µm is larger than the tolerance of 0.33 µm"
+        "the expected error of 0.400 µm is larger than the tolerance of 0.326 µm"
     )
     assert rig.z_um == pytest.approx(0.0, abs=0.01)
 

@@ -155,8 +155,8 @@ class Asking:
             doubts.append("the model does not tell its error")
         elif not doubts and self._unsure(last):
             doubts.append(
-                f"the expected error of {error:.3g} µm is larger than the tolerance of "
-                f"{self.tolerance_um:.2g} µm"
+                f"the expected error of {error:.3f} µm is larger than the tolerance of "
+                f"{self.tolerance_um:.3f} µm"
             )
         return FocusResult(
             z_um,
