@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mm_autofocus.drive import THERE_UM
+from mm_autofocus.strategies._asking import too_unsure
 from mm_autofocus.strategies.learned import Learned, error_of_frame
 from mm_autofocus.types import FocusRequest, Verdict, Verifies
 
@@ -182,10 +183,7 @@ class Verification:
         elif error is None:
             return {}
         elif tolerance is not None and error > tolerance:
-            reason = (
-                f"the expected error of {error:.2g} µm is larger than the tolerance of "
-                f"{tolerance:.2g} µm"
-            )
+            reason = too_unsure(error, tolerance)
         else:
             reason = ""
         status = "low-confidence" if reason else "ok"

@@ -17,7 +17,7 @@ from mm_autofocus.types import FocusRequest, FocusResult, Look, Looking
 if TYPE_CHECKING:
     from mm_autofocus.strategies.learned import Learned
 
-__all__ = ["Answer", "Asking"]
+__all__ = ["Answer", "Asking", "too_unsure"]
 
 # Looks are repeated where the last answer points to so often at most.
 _AGAIN = 2
@@ -154,10 +154,7 @@ class Asking:
         elif error is None:
             doubts.append("the model does not tell its error")
         elif not doubts and self._unsure(last):
-            doubts.append(
-                f"the expected error of {error:.3f} µm is larger than the tolerance of "
-                f"{self.tolerance_um:.3f} µm"
-            )
+            doubts.append(too_unsure(error, self.tolerance_um or 0.0))
         return FocusResult(
             z_um,
             "low-confidence" if doubts else "ok",
@@ -178,3 +175,11 @@ class Asking:
 
     def _details(self, answers: Sequence[Answer]) -> dict[str, Any]:
         return {**self.owner.identity, "predictions": [a.details for a in answers]}
+
+
+def too_unsure(error_um: float, tolerance_um: float) -> str:
+    """Say that an expected error is larger than the tolerance; both in µm."""
+    return (
+        f"the expected error of {error_um:.3f} µm is larger than the tolerance of "
+        f"{tolerance_um:.3f} µm"
+    )
