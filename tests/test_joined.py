@@ -70,6 +70,7 @@ def test_a_joined_dataset_can_be_collected_into_again(tmp_path):
     [
         ("metric", "labels were made by another metric"),
         ("clash", "another --slide"),
+        ("plan", "was collected by another plan"),
         ("itself", "is the dataset that is written to"),
         ("nothing", "no datasets were named"),
         ("missing", "no such folder"),
@@ -84,6 +85,15 @@ def test_what_cannot_be_joined_is_refused_and_nothing_is_written(tmp_path, case,
     elif case == "clash":
         (tmp_path / "x").mkdir()
         other = a_dataset(tmp_path / "x" / "b", "s1", n=2)
+        sources.append(other.path)
+    elif case == "plan":
+        other = a_dataset(tmp_path / "b", "s1", seed=3)
+        meta = other.path / "dataset.json"
+        text = meta.read_text(encoding="utf-8")
+        assert '"plan": null' in text
+        meta.write_text(
+            text.replace('"plan": null', '"plan": {"z_plan": {}}'), encoding="utf-8"
+        )
         sources.append(other.path)
     elif case == "itself":
         output = a.path
@@ -109,3 +119,23 @@ def test_the_command_joins(tmp_path, capsys):
             ["collect", "--from", str(a.path), "--from", str(file), "-o", str(tmp_path / "c")]
         )
     assert e.value.code == 2
+
+
+def test_the_files_of_a_closed_dataset_are_not_looked_through_again(tmp_path, monkeypatch):
+    looked_at = []
+
+    def is_whole(path, stacks):
+        looked_at.append(path.name)
+        return True
+
+    monkeypatch.setattr("mm_autofocus.training.store._is_whole", is_whole)
+    folder = tmp_path / "d"
+    a_dataset(folder, "s1")
+    a_dataset(folder, "s2", seed=1)
+    assert not looked_at
+    meta = folder / "dataset.json"
+    text = meta.read_text(encoding="utf-8")
+    assert '"closed": true' in text  # as a run that was killed would have left it:
+    meta.write_text(text.replace('"closed": true', '"closed": false'), encoding="utf-8")
+    a_dataset(folder, "s3", seed=2)
+    assert len(looked_at) == 4

@@ -168,6 +168,8 @@ class Run:
 
     def verification(self, event: useq.MDAEvent) -> Verification | None:
         """How the frame of `event` is verified; None if it is not."""
+        if not self.pending:  # most frames: where they belong need not be asked of the stage
+            return None
         place = self.place(event)
         pending = self.pending.pop(place.key, None)
         if pending is None:

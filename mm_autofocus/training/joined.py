@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.measure import FocusMeasure
@@ -47,8 +48,9 @@ def add_datasets(
     Raises
     ------
     InputError
-        A source is no dataset, was labelled by another measure, or has a stack of the same
-        slide, field, time and channel as another one; nothing was written then.
+        A source is no dataset, was labelled by another measure, or has a slide of the same
+        name as another one, but by another plan, or a stack of the same slide, field, time
+        and channel; nothing was written then.
     """
     if not sources:
         raise InputError("--from: no datasets were named")
@@ -56,38 +58,17 @@ def add_datasets(
     first = given[0].meta
     options = MetricOptions.model_validate(first["metric_options"])
     writer = DatasetWriter(output, FocusMeasure(first["metric"], options))
-    origins = {s.key: s.origin for s in writer.stacks}
-    wanted: list[tuple[Dataset, int]] = []
-    for dataset in given:
-        if dataset.path.resolve() == writer.path.resolve():
-            raise InputError(f"--from: {dataset.path} is the dataset that is written to")
-        for key in ("metric", "metric_options"):
-            if dataset.meta[key] != first[key]:
-                raise InputError(
-                    f"{dataset.path}: its labels were made by another {key} "
-                    f"({dataset.meta[key]}) than those of {given[0].path} ({first[key]})"
-                )
-        for k, stack in enumerate(dataset.stacks):
-            origin = str((dataset.path / stack.file).resolve())
-            if origins.setdefault(stack.key, origin) != origin:
-                raise InputError(
-                    f"{dataset.path}: slide {stack.slide!r} has a field {stack.field!r}, as "
-                    f"has another dataset ({origins[stack.key]}); collect it under another "
-                    "--slide"
-                )
-            wanted.append((dataset, k))
+    slides = _checked(given, writer)
     have = {s.key for s in writer.stacks}
     files: dict[Path, str] = {}
     number = 1 + max((_number(s.file) for s in writer.stacks), default=-1)
     new = 0
-    for dataset in given:
-        for slide, facts in dataset.meta["slides"].items():
-            writer.begin(slide, facts)
-    for dataset, k in wanted:
-        stack = dataset.stacks[k]
+    for slide, facts in slides.items():
+        writer.begin(slide, facts)
+    for stack in (stack for dataset in given for stack in dataset.stacks):
         if stack.key in have:
             continue
-        source = (dataset.path / stack.file).resolve()
+        source = (stack.folder / stack.file).resolve()
         if source not in files:
             files[source] = f"{PLANES}/d{number:06d}.ome.tiff"
             number += 1
@@ -97,6 +78,38 @@ def add_datasets(
         new += 1
     writer.finish()
     return writer.dataset(), new
+
+
+def _checked(given: Sequence[Dataset], writer: DatasetWriter) -> dict[str, Any]:
+    """Slides of all datasets with what is known of them, if they go together."""
+    origins = {s.key: s.origin for s in writer.stacks}
+    slides: dict[str, Any] = dict(writer.meta["slides"])
+    first = given[0].meta
+    for dataset in given:
+        if dataset.path.resolve() == writer.path.resolve():
+            raise InputError(f"--from: {dataset.path} is the dataset that is written to")
+        for key in ("metric", "metric_options"):
+            if dataset.meta[key] != first[key]:
+                raise InputError(
+                    f"{dataset.path}: its labels were made by another {key} "
+                    f"({dataset.meta[key]}) than those of {given[0].path} ({first[key]})"
+                )
+        for slide, facts in dataset.meta["slides"].items():
+            if slides.setdefault(slide, facts).get("plan") != facts.get("plan"):
+                raise InputError(
+                    f"{dataset.path}: its slide {slide!r} was collected by another plan than "
+                    "the slide of that name in another dataset; collect it under another "
+                    "--slide"
+                )
+        for stack in dataset.stacks:
+            origin = str((stack.folder / stack.file).resolve())
+            if origins.setdefault(stack.key, origin) != origin:
+                raise InputError(
+                    f"{dataset.path}: slide {stack.slide!r} has a field {stack.field!r}, as "
+                    f"has another dataset ({origins[stack.key]}); collect it under another "
+                    "--slide"
+                )
+    return slides
 
 
 def _number(file: str) -> int:
