@@ -37,6 +37,7 @@ td.text:last-child { min-width: 19rem }
 figure { margin: 0 } img.plot { max-width: 100% }
 figure img { image-rendering: pixelated; width: 140px; height: 140px; object-fit: cover;
              border-radius: 4px; margin-right: 6px }
+figure.wide img { width: auto; height: auto; max-width: 100%; object-fit: contain }
 pre { background: #f5f5f7; padding: .8rem; overflow-x: auto; border-radius: 6px;
       font-size: 12px }
 .badge { border-radius: 9px; padding: 0 .55rem; color: white; font-size: .85em;

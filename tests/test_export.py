@@ -144,7 +144,8 @@ def test_frames_of_the_training_look_usual_and_others_do_not(exported, dataset) 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_every_net_exports(name: str, tmp_path: Path) -> None:
-    assert set(SMALL) == set(NETS.names())
+    other = {"tsva", "unet", "nafnet"}  # tests/test_refocus_nets.py
+    assert set(SMALL) | other == set(NETS.names())
     torch.manual_seed(1)
     context = NetContext(looks_um=(0.0, 4.0), channels=1, range_um=(-9, 9), patch_px=128)
     net = build_net(name, context, SMALL[name]).train()

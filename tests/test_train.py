@@ -209,11 +209,11 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_figures_are_of_the_medians_of_frames(dataset: Dataset, tmp_path: Path) -> None:
     job = prepare(dataset, tmp_path / "run", read_options(QUICK))
-    label = job.validation[0].defocus_um
+    label = job.validation.fields[0].defocus_um
     k = int(np.abs(label - 4).argmin())
     patches = [(0, k, 0, 0), (0, k, 0, 64), (0, k, 64, 0), (0, 0, 0, 0)]
     said = np.array([[4, 1], [5, 1], [-90, 1], [-7, 1]], np.float32)
-    figures, frames = score(job.validation, patches, said)
+    figures, frames = score(job.validation.fields, patches, said)
     assert figures["frames"] == 2
     expected = (abs(4 - label[k]) + abs(-7 - label[0])) / 2
     assert figures["mae_um"] == pytest.approx(expected)
@@ -304,7 +304,7 @@ def test_two_processes_train_one_net(dataset: Dataset, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    first, second = result["mae_of_each_process"]
+    first, second = result["best_of_each_process"]
     assert first == second
     assert len(rows(tmp_path / "two")) == 2
     # and the steps are those of one process with the same batch

@@ -28,6 +28,7 @@ from mm_autofocus.models.card_parts import (
     Outputs,
     PatchInput,
     Positive,
+    Shots,
     Strict,
     TopK,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Normalisation",
     "Outputs",
     "PatchInput",
+    "Shots",
     "TopK",
     "parse_card",
     "read_sidecar",
@@ -73,8 +75,8 @@ class ModelCard(Strict):
         Of the card.
     name, architecture : str
         Of the model, and of the net.
-    task : {"defocus"}
-        What it answers.
+    task : {"defocus", "refocus"}
+        What it answers: where focus is, or what the image there looks like.
     looks_um : list of float
         z of each look, relative to the present z, rising or falling strictly. The answer is
         the defocus of the present z, 0, whether or not a look is taken there.
@@ -92,8 +94,10 @@ class ModelCard(Strict):
         Frames with another pixel size are scaled to it, instead of being refused.
     na, magnification : float | None
         Of the objective.
+    shots : Shots | None
+        Of the task ``refocus``, and only of that: it takes two shots and no looks.
     z_range_um : (float, float)
-        Lowest and highest defocus of the training.
+        Lowest and highest defocus of the training; of two shots, of their middle.
     dof_um : float | None
         Depth of field.
     bit_depths : list of int
@@ -112,7 +116,7 @@ class ModelCard(Strict):
     format: Literal[1] = 1
     name: Annotated[str, Field(min_length=1)]
     architecture: str = ""
-    task: Literal["defocus"] = "defocus"
+    task: Literal["defocus", "refocus"] = "defocus"
     looks_um: Annotated[Floats, Field(min_length=1)] = (0.0,)
     channels: Literal[1, 3]
     patch_px: Annotated[int, Field(ge=8)]
@@ -128,6 +132,7 @@ class ModelCard(Strict):
     z_range_um: Annotated[tuple[float, float], Field(strict=False)]
     dof_um: Positive | None = None
     bit_depths: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    shots: Shots | None = None
     error: ErrorModel = Field(default_factory=ErrorModel)
     ood: OodStats | None = None
     training: dict[str, Any] = Field(default_factory=dict)
@@ -143,6 +148,11 @@ class ModelCard(Strict):
             raise ValueError(
                 f"looks_um: {list(looks)} is not allowed: must rise or fall strictly, for "
                 "the looks are taken in one approach"
+            )
+        if (self.task == "refocus") != (self.shots is not None):
+            raise ValueError(
+                f"shots: {'is missing' if self.shots is None else 'is not allowed'} with the "
+                f"task {self.task!r}"
             )
         low, high = self.z_range_um
         if not low < high:
@@ -164,8 +174,9 @@ class ModelCard(Strict):
 
     @property
     def planes(self) -> int:
-        """Channels of the net's input: looks × channels."""
-        return len(self.looks_um) * self.channels
+        """Channels of the net's input: looks (or shots) × channels."""
+        count = len(self.looks_um) if self.shots is None else self.shots.count
+        return count * self.channels
 
     @property
     def sealed(self) -> bool:

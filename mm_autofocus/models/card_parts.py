@@ -17,6 +17,7 @@ __all__ = [
     "PatchInput",
     "Positive",
     "Share",
+    "Shots",
     "Strict",
     "TopK",
 ]
@@ -97,6 +98,53 @@ class Outputs(Strict):
     sd: str | None = "sd"
     um_per_unit: Positive = 1.0
     sign: Literal[1, -1] = 1
+
+
+class Shots(Strict):
+    """What a model takes that recovers the sharp image, and what it returns.
+
+    The input ``shots (N, count · channels, H, W)`` float32 is the sharper shot (Brenner), and
+    behind it the other one; H and W are multiples of `multiple`. An input ``side (N,)``, which
+    the net need not have, is 1 where the sharper shot is the lower one, else -1.
+
+    Attributes
+    ----------
+    count : {1, 2}
+        How many it is shown: both, or the sharper one alone.
+    half_um : (float, float)
+        Smallest and largest distance of a shot from the middle of both (ΔD).
+    halo_px : int
+        Margin of a tile that depends on what lies beyond it.
+    multiple : int
+        Of which the edges of a tile are.
+    image : str
+        Name of the output ``(N, channels, H, W)``.
+    toward, toward_sd : str | None
+        Names of the outputs ``(N, h, w)``, µm: how far focus lies from the sharper shot
+        towards the other one (negative: beyond it, not enclosed), and its standard
+        deviation. None: the net does not tell.
+    sd_scale : float
+        By which that standard deviation is multiplied to be right.
+    """
+
+    count: Literal[1, 2] = 2
+    half_um: Annotated[tuple[float, float], Field(strict=False)]
+    halo_px: Annotated[int, Field(ge=0)]
+    multiple: Count = 8
+    image: str = "image"
+    toward: str | None = "toward"
+    toward_sd: str | None = "toward_sd"
+    sd_scale: Positive = 1.0
+
+    @field_validator("half_um")
+    @classmethod
+    def _rises(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(
+                f"half_um: {list(value)} is not allowed: two distances above 0, the smaller "
+                "first"
+            )
+        return value
 
 
 class TopK(Strict):

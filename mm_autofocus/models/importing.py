@@ -18,13 +18,16 @@ from mm_autofocus.models.card import ModelCard, read_sidecar
 from mm_autofocus.registry import MODELS, suggest
 
 if TYPE_CHECKING:
+    from mm_autofocus.models.refocus import RefocusModel
     from mm_autofocus.models.runtime import FocusModel
     from mm_autofocus.types import Image, Optics
 
 __all__ = [
     "WEIGHTS",
     "check_against",
+    "load_any",
     "load_model",
+    "load_refocus_model",
     "model_names",
     "shipped_models",
 ]
@@ -74,7 +77,7 @@ def load_model(
     InputError
         No such model; it is damaged, has no card, or is not what the card says.
     """
-    given = read_sidecar(Path(card).expanduser()) if isinstance(card, str | Path) else card
+    given = _card_of(card)
     file = _file_of(name_or_path)
     if file is not None:
         return _load_file(file, given, providers, threads)
@@ -82,7 +85,65 @@ def load_model(
     found = MODELS.get(name) if name in MODELS.names() else _import(name)
     if isinstance(found, str | Path):  # a plug-in that brings an ONNX file
         return _load_file(Path(found), given, providers, threads)
-    return _adopt(found, given, name)
+    model = _adopt(found, given, name)
+    if model.card.task != "defocus":
+        raise InputError(
+            f"model: {name!r}: its card says {model.card.task!r}; only an ONNX file can be that"
+        )
+    return model
+
+
+def load_refocus_model(
+    name_or_path: str | Path,
+    *,
+    card: ModelCard | str | Path | None = None,
+    providers: Sequence[str] | None = None,
+    threads: int = 1,
+) -> RefocusModel:
+    """Load a model that recovers the sharp image.
+
+    Parameters and errors are those of `load_model`, but that it must be an ONNX file.
+    """
+    from mm_autofocus.models.refocus import RefocusModel
+
+    file = _onnx_of(name_or_path)
+    if file is None:
+        raise InputError(
+            f"model: {str(name_or_path)!r} is no ONNX file; a model that recovers the sharp "
+            "image must be one"
+        )
+    return RefocusModel(file, _card_of(card), providers=providers, threads=threads)
+
+
+def load_any(
+    name_or_path: str | Path,
+    *,
+    card: ModelCard | str | Path | None = None,
+    providers: Sequence[str] | None = None,
+) -> FocusModel | RefocusModel:
+    """Load a model, whatever its card says that it does."""
+    from mm_autofocus.models.onnx_net import OnnxFile
+
+    file, given = _onnx_of(name_or_path), _card_of(card)
+    load: Any = load_model
+    if file is not None and OnnxFile(file, given).card.task == "refocus":
+        load = load_refocus_model
+    return cast(
+        "FocusModel | RefocusModel", load(name_or_path, card=given, providers=providers)
+    )
+
+
+def _card_of(card: ModelCard | str | Path | None) -> ModelCard | None:
+    return read_sidecar(Path(card).expanduser()) if isinstance(card, str | Path) else card
+
+
+def _onnx_of(name_or_path: str | Path) -> Path | None:
+    """The ONNX file that is meant, a third party's, too; None if it is an object."""
+    file, name = _file_of(name_or_path), str(name_or_path)
+    if file is None and name in MODELS.names():
+        found = MODELS.get(name)
+        file = Path(found) if isinstance(found, str | Path) else None
+    return file
 
 
 def check_against(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Real: TypeAlias = npt.NDArray[np.float32]
 
-__all__ = ["PROVIDERS", "OnnxNet", "available_providers"]
+__all__ = ["PROVIDERS", "OnnxFile", "OnnxNet", "available_providers"]
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -47,8 +47,8 @@ def available_providers() -> list[str]:
     return [name for name, full in PROVIDERS.items() if full in there]
 
 
-class OnnxNet:
-    """One session.
+class OnnxFile:
+    """One session, its card, and its checksum.
 
     Parameters
     ----------
@@ -65,8 +65,6 @@ class OnnxNet:
     ----------
     card : ModelCard
         Its card.
-    batch : int | None
-        Patches per run; None: all at once.
     path : Path | None
         The file; None if it was given as bytes.
     size : int
@@ -117,14 +115,80 @@ class OnnxNet:
                 f"missing); {', '.join(self.providers)} would be used instead"
             )
         self.card = self._card(card, path, data)
-        self.batch: int | None = _CPU_BATCH if chosen == ["cpu"] else None
-        self._bind()
 
     @property
     def providers(self) -> list[str]:
         """Those in use."""
         names = {full: name for name, full in PROVIDERS.items()}
         return [names.get(p, p) for p in self._session.get_providers()]
+
+    def _run(self, names: Sequence[str], feeds: dict[str, Real]) -> list[Any]:
+        try:
+            return list(self._session.run(list(names), feeds))
+        except Exception as e:  # noqa: BLE001 -- its errors share no base
+            why = " ".join(str(e).split())[:200]
+            raise InputError(f"{self.what}: cannot be run as its card says ({why})") from None
+
+    def _card(self, card: ModelCard | None, path: Path | None, data: bytes) -> ModelCard:
+        """The card given, or beside the file, or inside it; and the checksum."""
+        text = self._session.get_modelmeta().custom_metadata_map.get(KEY)
+        inside = False
+        if card is None and path is not None and sidecar_of(path).exists():
+            card = read_sidecar(sidecar_of(path))
+        if card is None:
+            if text is None:
+                beside = "MODEL.card.yaml" if path is None else sidecar_of(path).name
+                raise InputError(
+                    f"{self.what}: has no card; write one by hand in {beside} beside it, or "
+                    "name one"
+                )
+            card, inside = ModelCard.from_json(text, where=f"{self.what}: card"), True
+        verify(data, card, inside=inside, what=self.what)
+        return card
+
+    def _check_names(
+        self, wanted: dict[str, str | None], there: Sequence[str], kind: str
+    ) -> None:
+        """Refuse a net that lacks an input or an output that its card names."""
+        for key, name in wanted.items():
+            if name is not None and name not in there:
+                raise InputError(
+                    f"{self.what}: card.{key}: the net has no {kind} {name!r}; it has: "
+                    f"{', '.join(there)}"
+                )
+
+    def _check_task(self, task: str) -> None:
+        """Refuse a model that answers another question."""
+        if self.card.task != task:
+            does = {"defocus": "tells the defocus", "refocus": "recovers the sharp image"}
+            raise InputError(
+                f"{self.what}: {does[self.card.task]}; here one is needed that {does[task]}"
+            )
+
+
+class OnnxNet(OnnxFile):
+    """A net that tells the defocus.
+
+    Parameters and errors are those of `OnnxFile`.
+
+    Attributes
+    ----------
+    batch : int | None
+        Patches per run; None: all at once.
+    """
+
+    def __init__(
+        self,
+        source: Path | str | bytes,
+        card: ModelCard | None = None,
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int = 1,
+    ) -> None:
+        super().__init__(source, card, providers=providers, threads=threads)
+        self._check_task("defocus")
+        self.batch: int | None = _CPU_BATCH if self.providers == ["cpu"] else None
+        self._bind()
 
     def patches(self, x: Real) -> tuple[Real, Real | None]:
         """Answers ``(N,)`` and standard deviations for patches ``(N, C, P, P)``."""
@@ -166,13 +230,6 @@ class OnnxNet:
             )
         return out.reshape(cells)
 
-    def _run(self, names: Sequence[str], feeds: dict[str, Real]) -> list[Any]:
-        try:
-            return list(self._session.run(list(names), feeds))
-        except Exception as e:  # noqa: BLE001 -- its errors share no base
-            why = " ".join(str(e).split())[:200]
-            raise InputError(f"{self.what}: cannot be run as its card says ({why})") from None
-
     def _laid(self, x: Real) -> Real:
         if self.card.inputs.layout == "NHWC":
             return np.ascontiguousarray(np.moveaxis(x, 1, -1))
@@ -186,23 +243,6 @@ class OnnxNet:
                 f"allowed: must be ({n},) or ({n}, 1) for {n} patches"
             )
         return array.reshape(n)
-
-    def _card(self, card: ModelCard | None, path: Path | None, data: bytes) -> ModelCard:
-        """The card given, or beside the file, or inside it; and the checksum."""
-        text = self._session.get_modelmeta().custom_metadata_map.get(KEY)
-        inside = False
-        if card is None and path is not None and sidecar_of(path).exists():
-            card = read_sidecar(sidecar_of(path))
-        if card is None:
-            if text is None:
-                beside = "MODEL.card.yaml" if path is None else sidecar_of(path).name
-                raise InputError(
-                    f"{self.what}: has no card; write one by hand in {beside} beside it, or "
-                    "name one"
-                )
-            card, inside = ModelCard.from_json(text, where=f"{self.what}: card"), True
-        verify(data, card, inside=inside, what=self.what)
-        return card
 
     def _bind(self) -> None:
         """Find the inputs and outputs that the card names, and what the idle half is fed."""
@@ -222,16 +262,8 @@ class OnnxNet:
             "outputs.sd": self._sd,
             "importance.output": None if rule is None else rule.output,
         }
-        for wanted, there, kind in (
-            (wanted_in, list(inputs), "input"),
-            (wanted_out, outputs, "output"),
-        ):
-            for key, name in wanted.items():
-                if name is not None and name not in there:
-                    raise InputError(
-                        f"{self.what}: card.{key}: the net has no {kind} {name!r}; it has: "
-                        f"{', '.join(there)}"
-                    )
+        self._check_names(wanted_in, list(inputs), "input")
+        self._check_names(wanted_out, outputs, "output")
         if unknown := set(inputs) - set(wanted_in.values()):
             raise InputError(
                 f"{self.what}: the net has an input {min(unknown)!r} of which its card says "

@@ -75,7 +75,7 @@ def _default_workers(cuda: bool, world: int) -> int:
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch = {key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]}
-    for key in ("patches", "mosaic"):
+    for key in ("patches", "mosaic", "shots", "truth"):
         if key in batch:
             batch[key] = batch[key].contiguous(memory_format=torch.channels_last)
     return batch

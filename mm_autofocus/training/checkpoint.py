@@ -13,7 +13,7 @@ from mm_autofocus.models.nets import build_net
 from mm_autofocus.models.nets.base import NetContext
 
 if TYPE_CHECKING:
-    from mm_autofocus.models.nets.base import DefocusNet
+    from mm_autofocus.models.nets.base import Net
 
 __all__ = ["BEST", "LAST", "find_checkpoint", "load_checkpoint", "net_of", "save_checkpoint"]
 
@@ -71,7 +71,7 @@ def _damaged(path: Path, e: Exception) -> InputError:
     return InputError(f"{path}: does not read as a checkpoint of train ({why})")
 
 
-def net_of(state: dict[str, Any]) -> DefocusNet:
+def net_of(state: dict[str, Any]) -> Net:
     """The net of a checkpoint with its (averaged) weights, ready to predict."""
     net = build_net(state["model"], NetContext(**state["context"]), state["net"])
     net.load_state_dict(state["weights"])

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mm_autofocus.errors import InputError
-from mm_autofocus.models.card import KEY, ErrorModel, Importance, ModelCard, Outputs
+from mm_autofocus.models.card import ErrorModel, Importance, ModelCard, Outputs, Shots
 from mm_autofocus.models.nets import need_torch
+from mm_autofocus.models.refocus import RefocusModel
 from mm_autofocus.models.runtime import OnnxModel
 from mm_autofocus.models.sealing import seal
 from mm_autofocus.training.dataset import Dataset
 from mm_autofocus.training.error_fit import Seen, fit_errors, fit_ood, look_at
+from mm_autofocus.training.graph import write_graph
 from mm_autofocus.training.importance import content_maps
 from mm_autofocus.training.options import TrainOptions, read_options, read_options_file
 from mm_autofocus.training.planes import PlaneReader
+from mm_autofocus.training.refocus_export import finish_refocus
 from mm_autofocus.training.samples import Field, fields_of, read_looks, validation_patches
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mm_autofocus.models.nets.base import DefocusNet, NetContext
 
 __all__ = ["export", "write_onnx"]
 
-OPSET = 17
 _PARITY = 1e-3  # largest difference from torch, in parts of the trained range
 _PARITY_PATCHES = 64
 _FRAMES = 240  # of the validation part, shown whole
@@ -72,7 +76,8 @@ def export(
     Returns
     -------
     dict
-        ``model``, ``size_mb``, ``sha256``, ``parity_um``, ``validation``, ``error``.
+        ``model``, ``size_mb``, ``sha256``, ``parity_um`` (of an image ``parity``, in parts of
+        the range), ``validation``, ``error``.
 
     Raises
     ------
@@ -96,30 +101,25 @@ def export(
     if not run.is_dir():
         run = checkpoint.parent
     state = load_checkpoint(checkpoint)
-    net, context = net_of(state), NetContext(**state["context"])
+    net: Any = net_of(state)
+    context = NetContext(**state["context"])
     options = read_options(read_options_file(run / "options.yaml"))
     notes = _notes(run)
     data = Dataset.open(dataset or notes.get("dataset") or _no_dataset(run))
     learned, checked = _fields(data, run, options, context)
-
     notes = {**notes, "licence": licence}
     card = _card(name or output.stem, state, context, options, notes, data, learned)
     card = card.model_copy(update={"pixel_tolerance": pixel_tolerance})
     temporary = output.with_name(output.name + ".new")
+    finish = finish_refocus if net.task == "refocus" else _finish
     try:
-        write_onnx(net, card, temporary)
-        parity = _parity(net, temporary, checked, context)
-        seen = look_at(OnnxModel(temporary), checked, frames)
-        card = card.model_copy(
-            update={
-                "error": fit_errors(seen),
-                "ood": fit_ood(learned, context.patch_px, frames),
-                "metrics": _metrics(data, seen, parity, temporary),
-            }
+        card, write, parity = finish(
+            net, card, temporary, learned, checked, context, options, run, data, frames
         )
-        write_onnx(net, card, temporary)
+        write(card)
         digest = seal(temporary)
-        OnnxModel(temporary)  # as it will be loaded, checksum and all
+        # as it will be loaded, checksum and all
+        (RefocusModel if net.task == "refocus" else OnnxModel)(temporary)
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
@@ -128,10 +128,42 @@ def export(
         "name": card.name,
         "size_mb": round(output.stat().st_size / 1e6, 3),
         "sha256": digest,
-        "parity_um": parity,
+        **parity,
         "validation": card.metrics["validation"],
         "error": card.error.model_dump(),
     }
+
+
+def _finish(
+    net: DefocusNet,
+    card: ModelCard,
+    path: Path,
+    learned: list[Field],
+    checked: list[Field],
+    context: NetContext,
+    options: TrainOptions,
+    run: Path,
+    data: Dataset,
+    frames: int,
+) -> tuple[ModelCard, Callable[[ModelCard], None], dict[str, float]]:
+    """Card with its calibration, how to write the file, and what parity was found.
+
+    Raises
+    ------
+    InputError
+        The graph does not answer as torch does.
+    """
+    write_onnx(net, card, path)
+    parity = _parity(net, path, checked, context)
+    seen = look_at(OnnxModel(path), checked, frames)
+    card = card.model_copy(
+        update={
+            "error": fit_errors(seen),
+            "ood": fit_ood(learned, context.patch_px, frames),
+            "metrics": _metrics(data, seen, parity, path),
+        }
+    )
+    return card, lambda final: write_onnx(net, final, path), {"parity_um": parity}
 
 
 def write_onnx(net: DefocusNet, card: ModelCard, path: Path) -> None:
@@ -141,12 +173,8 @@ def write_onnx(net: DefocusNet, card: ModelCard, path: Path) -> None:
     where the card says so, ``mosaic (M, C, H, W)`` to ``importance (M, H / 56, W / 56)``.
     BatchNorm is folded into the convolutions.
     """
-    import io
-
-    import onnx
     import torch
 
-    graph = _graph(net, card)
     px = card.patch_px
     inputs: tuple[Any, ...] = (torch.rand(2, card.planes, px, px),)
     names, outputs = ["patches"], ["defocus", "sd"]
@@ -157,26 +185,7 @@ def write_onnx(net: DefocusNet, card: ModelCard, path: Path) -> None:
         outputs.append("importance")
         axes["mosaic"] = {0: "frames", 2: "height", 3: "width"}
         axes["importance"] = {0: "frames", 1: "rows", 2: "columns"}
-    buffer = io.BytesIO()
-    with warnings.catch_warnings(), torch.inference_mode():
-        # the tracer says that it traces; parity is checked behind it
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            graph,
-            inputs,
-            buffer,  # type: ignore[arg-type]
-            input_names=names,
-            output_names=outputs,
-            dynamic_axes=axes,
-            opset_version=OPSET,
-            dynamo=False,
-        )
-    model = onnx.load_from_string(buffer.getvalue())
-    model.producer_name = "mm_autofocus"
-    entry = model.metadata_props.add()
-    entry.key, entry.value = KEY, card.to_json()
-    onnx.checker.check_model(model)
-    path.write_bytes(model.SerializeToString())
+    write_graph(_graph(net, card), inputs, names, outputs, axes, card, path)
 
 
 def _graph(net: DefocusNet, card: ModelCard) -> Any:
@@ -211,7 +220,7 @@ def _fields(
                 stacks,
                 maps,
                 context.looks_um,
-                context.range_um,
+                context.range_um if context.half_um is None else (-math.inf, math.inf),
                 tolerance_um=options.look_tolerance_um,
                 least_px=context.patch_px,
             )
@@ -238,6 +247,9 @@ def _card(
     return ModelCard(
         name=name,
         architecture=state["model"],
+        task="defocus" if context.half_um is None else "refocus",
+        # the net itself says the rest of them: `refocus_export`
+        shots=None if context.half_um is None else Shots(half_um=context.half_um, halo_px=0),
         looks_um=context.looks_um,
         channels=context.channels,
         patch_px=context.patch_px,

@@ -13,21 +13,20 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.training.batches import batches_of, learning_rate
 from mm_autofocus.training.checkpoint import BEST, LAST, save_checkpoint
 from mm_autofocus.training.progress import TrainingDisplay
-from mm_autofocus.training.validate import predict_patches, score
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from torch.utils.data import DataLoader
 
-    from mm_autofocus.models.nets.base import DefocusNet
+    from mm_autofocus.models.nets.base import Net
     from mm_autofocus.training.options import TrainOptions
-    from mm_autofocus.training.samples import Field, MosaicSource, PatchSource
+    from mm_autofocus.training.samples import MosaicSource, Source
+    from mm_autofocus.training.validate import Validation
 
 __all__ = ["Job", "fit"]
 
@@ -44,14 +43,12 @@ class Job:
         Folder of the run.
     options : TrainOptions
         As they were asked for.
-    patches : PatchSource
+    patches : Source
         What it is trained on.
     mosaics : MosaicSource | None
         For the importance; None: the net has no part for it.
-    validation : list of Field
-        Fields of the validation part, and ...
-    looked_at : list
-        ... the patches of them that are predicted.
+    validation : Validation
+        What it is judged by after each epoch.
     identity : dict
         ``model``, ``net``, ``context``: what is written into checkpoints to make the net.
     state : dict | None
@@ -60,10 +57,9 @@ class Job:
 
     run: Path
     options: TrainOptions
-    patches: PatchSource
+    patches: Source
     mosaics: MosaicSource | None
-    validation: list[Field]
-    looked_at: list[tuple[int, int, int, int]]
+    validation: Validation
     identity: dict[str, Any]
     state: dict[str, Any] | None = None
 
@@ -71,19 +67,12 @@ class Job:
 class _Step(nn.Module):
     """Net and losses in one forward pass, so that a wrapper for several devices sees both."""
 
-    def __init__(self, net: DefocusNet) -> None:
+    def __init__(self, net: Net) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        defocus = batch["defocus_um"]
-        losses = self.net.losses(self.net(batch["patches"]), defocus)
-        if "mosaic" in batch and self.net.rin is not None:
-            logits = self.net.rin(batch["mosaic"]).float()
-            losses["importance"] = F.binary_cross_entropy_with_logits(
-                logits, batch["importance"]
-            )
-        return losses
+        return self.net.losses_of(batch)
 
 
 @dataclass(slots=True)
@@ -93,19 +82,19 @@ class _Where:
     epoch: int = 0
     step: int = 0  # in the epoch
     elapsed_s: float = 0.0
-    best_um: float = _WORST
+    best: float = _WORST
     best_epoch: int = 0
     sums: dict[str, float] = field(default_factory=dict)
 
 
-def fit(fabric: Fabric, job: Job, net: DefocusNet) -> dict[str, Any]:
+def fit(fabric: Fabric, job: Job, net: Net) -> dict[str, Any]:
     """Train `net` as `job` says; every process of a training runs this.
 
     Returns
     -------
     dict
         ``epochs``, ``best_epoch``, ``validation`` (the best one), ``elapsed_s``,
-        ``stopped``: why it ended before its last epoch, or ""; ``mae_of_each_process``: the
+        ``stopped``: why it ended before its last epoch, or ""; ``best_of_each_process``: the
         best validation as each process knows it.
 
     Raises
@@ -117,16 +106,18 @@ def fit(fabric: Fabric, job: Job, net: DefocusNet) -> dict[str, Any]:
 
 
 class _Loop:
-    def __init__(self, fabric: Fabric, job: Job, net: DefocusNet) -> None:
+    def __init__(self, fabric: Fabric, job: Job, net: Net) -> None:
         self.fabric, self.job, self.options = fabric, job, job.options
         options = job.options
         torch.manual_seed(options.seed)
-        if net.rin is not None and (job.mosaics is None or not options.mosaics):
-            net.rin.requires_grad_(False)  # processes wait for gradients of all that have one
+        rin = getattr(net, "rin", None)
+        if rin is not None and (job.mosaics is None or not options.mosaics):
+            rin.requires_grad_(False)  # processes wait for gradients of all that have one
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = copy.deepcopy(net).eval().requires_grad_(False)
         optimiser = torch.optim.AdamW(_groups(net, options.weight_decay), lr=options.lr)
         self.where = _Where()
+        self.figures: dict[str, Any] = {}
         if job.state is not None:
             self._restore(net, optimiser, job.state)
         self.averaged.to(fabric.device)
@@ -138,7 +129,6 @@ class _Loop:
         self.mosaics = 0
         if job.mosaics is not None and options.mosaics:
             self.mosaics = max(1, round(self.batch * options.mosaics))
-        self.figures: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------ the course
 
@@ -153,7 +143,7 @@ class _Loop:
                 row = self._validate(time.perf_counter() - started, where.elapsed_s - before)
                 stopped = self._why_stop()
                 if self.fabric.is_global_zero:
-                    display.epoch(row)
+                    display.epoch(row, self.job.validation.line(row["validation"]))
                     self._save(LAST)
                 if stopped:
                     display.say(stopped)
@@ -163,7 +153,7 @@ class _Loop:
             "validation": self.figures,
             "elapsed_s": where.elapsed_s,
             "stopped": stopped,
-            "mae_of_each_process": self._everywhere(where.best_um),
+            "best_of_each_process": self._everywhere(where.best),
         }
 
     def _everywhere(self, value: float) -> list[float]:
@@ -291,16 +281,17 @@ class _Loop:
                 if buffer.is_floating_point():
                     mean = fabric.all_reduce(buffer.clone(), reduce_op="mean")
                     buffer.copy_(cast("Tensor", mean))
-        share = -(-len(job.looked_at) // fabric.world_size)
+        looked_at = job.validation.items
+        share = -(-len(looked_at) // fabric.world_size)
         # all processes answer for equally many; the last ones again for the first patches
         numbers = np.arange(share) + share * fabric.global_rank
-        own = [job.looked_at[i % len(job.looked_at)] for i in numbers]
-        px = self.options.patch_px
+        own = [int(i) % len(looked_at) for i in numbers]
         with fabric.autocast():
-            mine = predict_patches(self.averaged, job.validation, own, px, fabric.device)
+            mine = job.validation.predict(self.averaged, own, fabric.device)
         both = cast("Tensor", fabric.all_gather(torch.from_numpy(mine).to(fabric.device)))
-        predicted = both.reshape(-1, 2)[: len(job.looked_at)].cpu().numpy()
-        figures, frames = score(job.validation, job.looked_at, predicted)
+        predicted = both.reshape(-1, mine.shape[1])[: len(looked_at)].cpu().numpy()
+        figures, frames = job.validation.score(predicted)
+        worth = job.validation.worth(figures)
         steps = max(where.step, 1)
         row = {
             "epoch": where.epoch + 1,
@@ -310,11 +301,11 @@ class _Loop:
             "validation": figures,
             "patches_per_s": steps * self.batch * fabric.world_size / max(training_s, 1e-9),
             "seconds": seconds,
-            "best": figures["mae_um"] < where.best_um,
+            "best": worth < where.best,
         }
         where.epoch, where.step, where.sums = where.epoch + 1, 0, {}
         if row["best"] or not self.figures:
-            where.best_um, where.best_epoch = figures["mae_um"], where.epoch
+            where.best, where.best_epoch = worth, where.epoch
             self.figures = figures
             if fabric.is_global_zero:
                 self._save(BEST)
@@ -339,7 +330,7 @@ class _Loop:
         save_checkpoint(self.job.run / name, state)
 
     def _restore(
-        self, net: DefocusNet, optimiser: torch.optim.Optimizer, state: dict[str, Any]
+        self, net: Net, optimiser: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
         net.load_state_dict(state["training"])
         self.averaged.load_state_dict(state["weights"])

@@ -14,11 +14,44 @@ from mm_autofocus.errors import InputError
 from mm_autofocus.registry import suggest
 from mm_autofocus.training.augment import AugmentOptions
 
-__all__ = ["TrainOptions", "merge_sets", "read_options", "read_options_file"]
+__all__ = ["PairOptions", "TrainOptions", "merge_sets", "read_options", "read_options_file"]
 
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PairOptions(BaseModel):
+    """How two shots lie to focus, for the nets that recover the sharp image.
+
+    Attributes
+    ----------
+    half_um : tuple of float
+        Smallest and largest distance of a shot from the middle of both (ΔD of the paper).
+    focus_sd_um, focus_most_um : float
+        The middle is off the focus of a field by a normal random number of this standard
+        deviation, cut at ± the second. The paper takes 1 µm.
+    tolerance_um : float
+        How far a plane may lie beside where a shot would have been taken.
+    truth : {"plane", "fusion"}
+        The plane in focus; or, of specimens thicker than the depth of field, a fusion of all
+        planes, sharp all over.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    half_um: tuple[float, float] = (0.5, 3.0)
+    focus_sd_um: Annotated[float, Field(ge=0)] = 1.0
+    focus_most_um: Annotated[float, Field(ge=0)] = 2.5
+    tolerance_um: _Positive = 0.26
+    truth: Literal["plane", "fusion"] = "plane"
+
+    @field_validator("half_um")
+    @classmethod
+    def _rises(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("two distances above 0, the smaller first")
+        return value
 
 
 class TrainOptions(BaseModel):
@@ -69,8 +102,10 @@ class TrainOptions(BaseModel):
         Run or checkpoint whose weights it begins with (fine-tuning).
     augment : AugmentOptions
         How samples are changed.
+    pairs : PairOptions
+        How two shots lie, for nets that recover the sharp image.
     validation_planes, validation_patches, validation_most : int
-        Looks of each validation stack, patches of each, patches in all.
+        Looks (or pairs of shots) of each validation stack, patches of each, patches in all.
     split_by : {"field", "slide"}
         If no split is written in the dataset, one is drawn by this.
     """
@@ -107,6 +142,7 @@ class TrainOptions(BaseModel):
     workers: Annotated[int, Field(ge=0)] | None = None
     init: str | None = None
     augment: AugmentOptions = Field(default_factory=AugmentOptions)
+    pairs: PairOptions = Field(default_factory=PairOptions)
     validation_planes: _Count = 8
     validation_patches: _Count = 4
     validation_most: _Count = 2048

@@ -73,19 +73,16 @@ class TrainingDisplay:
             self._last = time.monotonic()
             self._line(f"epoch {epoch + 1}/{self.epochs}  {step + 1}/{self.steps}  {note}")
 
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Show and write down one finished epoch."""
+    def epoch(self, row: dict[str, Any], figures: str) -> None:
+        """Show and write down one finished epoch; `figures` of the validation, in words."""
         if self.log is None:
             return
         with self.log.open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-        v = row["validation"]
         star = " *" if row["best"] else ""
         self._line(
-            f"epoch {row['epoch']}/{self.epochs}  loss {row['loss']:.4f}  MAE "
-            f"{v['mae_um']:.3f} µm  DSS {100 * v['dss']:.2f} %  (patches "
-            f"{v['patch_mae_um']:.3f} µm)  {row['patches_per_s']:.0f} patches/s  "
-            f"{row['seconds']:.0f} s{star}"
+            f"epoch {row['epoch']}/{self.epochs}  loss {row['loss']:.4f}  {figures}  "
+            f"{row['patches_per_s']:.0f} patches/s  {row['seconds']:.0f} s{star}"
         )
         self._last = time.monotonic()
 

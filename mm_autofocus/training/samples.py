@@ -37,6 +37,8 @@ __all__ = [
     "Field",
     "MosaicSource",
     "PatchSource",
+    "Source",
+    "corner_of",
     "fields_of",
     "looks_of",
     "range_of",
@@ -53,7 +55,7 @@ def _order(seed: int, epoch: int, turn: int, n: int) -> Index:
     return np.random.default_rng([seed, epoch, turn, 1]).permutation(n)
 
 
-class _Source:
+class Source:
     """Numbers samples: ``epoch · len(self) + i``, each epoch all fields equally often."""
 
     kind = 0
@@ -73,7 +75,19 @@ class _Source:
         return which, np.random.default_rng([self.seed, epoch, i, 2 + self.kind])
 
 
-class PatchSource(_Source):
+def corner_of(of: Field, patch_px: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Draw y, x of a patch about a window with specimen, rather with more of it than less."""
+    most = np.array(of.stack.shape[1:3]) - patch_px
+    windows = of.windows[rng.integers(len(of.windows), size=_TRIES)]
+    inside = rng.integers(0, max(1, patch_px - WINDOW), size=(_TRIES, 2))
+    corners = np.clip(windows * WINDOW - inside, 0, most)
+    weights = importance_of(share(of.content, corners, patch_px))
+    good = np.flatnonzero(weights >= 0.8)
+    y, x = corners[good[0] if len(good) else int(weights.argmax())]
+    return int(y), int(x)
+
+
+class PatchSource(Source):
     """Patches for the defocus, drawn where there is specimen, not only on the grid.
 
     Parameters
@@ -111,7 +125,7 @@ class PatchSource(_Source):
         which, rng = self._draw(number)
         of = self.fields[which]
         k = self._set(of, rng)
-        y, x = self._corner(of, rng)
+        y, x = corner_of(of, self.patch_px, rng)
         sample = read_looks(self.reader, of, k, y, x, self.patch_px, self.patch_px)
         sample = augment(sample, self.change, rng, of.planes.shape[1])
         return {
@@ -129,19 +143,8 @@ class PatchSource(_Source):
             sets = close if len(close) else sets
         return int(sets[int(v * len(sets))])
 
-    def _corner(self, of: Field, rng: np.random.Generator) -> tuple[int, int]:
-        """Somewhere about a window with specimen, rather with more of it than with less."""
-        most = np.array(of.stack.shape[1:3]) - self.patch_px
-        windows = of.windows[rng.integers(len(of.windows), size=_TRIES)]
-        inside = rng.integers(0, max(1, self.patch_px - WINDOW), size=(_TRIES, 2))
-        corners = np.clip(windows * WINDOW - inside, 0, most)
-        weights = importance_of(share(of.content, corners, self.patch_px))
-        good = np.flatnonzero(weights >= 0.8)
-        y, x = corners[good[0] if len(good) else int(weights.argmax())]
-        return int(y), int(x)
 
-
-class MosaicSource(_Source):
+class MosaicSource(Source):
     """Mosaics for the importance: whole cells of a field, half of them about specimen.
 
     Parameters

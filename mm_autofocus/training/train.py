@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import shlex
@@ -13,11 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mm_autofocus.errors import InputError
 from mm_autofocus.models.nets import NETS, build_net, need_torch
 from mm_autofocus.training.dataset import Dataset
 from mm_autofocus.training.importance import content_maps
 from mm_autofocus.training.options import TrainOptions, read_options, read_options_file
+from mm_autofocus.training.pairs import PairSource, Truths, draw_pair, validation_pairs
 from mm_autofocus.training.samples import (
     MosaicSource,
     PatchSource,
@@ -29,9 +33,12 @@ from mm_autofocus.training.samples import (
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from mm_autofocus.models.nets.base import NetContext
     from mm_autofocus.training.fields import Field
     from mm_autofocus.training.loop import Job
+    from mm_autofocus.training.samples import Source
     from mm_autofocus.training.stack import Stack
+    from mm_autofocus.training.validate import Validation
 
 __all__ = ["prepare", "train"]
 
@@ -75,7 +82,7 @@ def train(
     -------
     dict
         ``run``, ``model``, ``epochs``, ``best_epoch``, ``validation``, ``elapsed_s``,
-        ``stopped``, ``report``.
+        ``stopped``, ``figures`` (of the validation, in words), ``report``.
 
     Raises
     ------
@@ -101,7 +108,13 @@ def train(
     from mm_autofocus.training.train_report import write_train_report
 
     report = write_train_report(job.run, job.validation, job.options)
-    return {"run": str(run), "model": options.model, **result, "report": str(report)}
+    return {
+        "run": str(run),
+        "model": options.model,
+        **result,
+        "figures": job.validation.line(result["validation"]),
+        "report": str(report),
+    }
 
 
 def _checked(options: TrainOptions | Mapping[str, Any] | None) -> TrainOptions:
@@ -129,33 +142,28 @@ def prepare(
     InputError
         Nothing was written then.
     """
-    from mm_autofocus.models.nets.base import NetContext
     from mm_autofocus.training.loop import Job
 
     NETS.check(options.model)
+    need_torch()
     if dataset.written_split is None:
         dataset.split(seed=options.seed, by=options.split_by)
     learn, check = dataset.part("train"), dataset.part("validation")
     for part, stacks in (("train", learn), ("validation", check)):
         if not stacks:
             raise InputError(f"{dataset.path}: no labelled stack in its {part} part")
-    looks, tolerance = options.looks_um, options.look_tolerance_um
-    range_um = options.range_um or range_of(learn, looks, tolerance)
-    context = NetContext(
-        looks_um=looks,
-        channels=3 if learn[0].is_rgb else 1,
-        range_um=range_um,
-        patch_px=options.patch_px,
-        **_optics_of(learn),
-    )
+    refocus = NETS.get(options.model).task == "refocus"
+    context = (_pair_context if refocus else _look_context)(learn, options)
     net = build_net(options.model, context, options.net)  # its options are checked here
     identity = {
         "model": options.model,
         "net": net.options.model_dump(mode="json"),
         "context": context.model_dump(mode="json"),
     }
-    blank = tuple(s for s in dataset.part("train", labelled=False) if s.sparsity == "blank")
-    blank = blank if net.rin is not None else ()
+    blank: tuple[Stack, ...] = ()
+    if getattr(net, "rin", None) is not None and options.mosaics:
+        everything = dataset.part("train", labelled=False)
+        blank = tuple(s for s in everything if s.sparsity == "blank")
     run.parent.mkdir(parents=True, exist_ok=True)
     run.mkdir(exist_ok=True)
     (run / "options.yaml").write_text(options.to_yaml(), encoding="utf-8")
@@ -167,14 +175,92 @@ def prepare(
         return fields_of(
             stacks,
             maps,
-            looks,
-            range_um,
-            tolerance_um=tolerance,
+            context.looks_um,
+            # of two shots every plane of a stack may be one
+            (-math.inf, math.inf) if refocus else context.range_um,
+            tolerance_um=options.look_tolerance_um,
             least_px=max(options.patch_px, options.crop_px),
         )
 
     fields, validation = ready(learn), ready(check)
-    patches = PatchSource(
+    job = Job(
+        run,
+        options,
+        _source(fields, options, run, refocus),
+        None,
+        _judge(validation, options, run, refocus),
+        identity,
+        state,
+    )
+    if not job.validation.items:
+        raise InputError(f"{dataset.path}: no patch of its validation part shows specimen")
+    if getattr(net, "rin", None) is not None and options.mosaics:
+        job.mosaics = MosaicSource(
+            [*fields, *(ready(blank) if blank else [])],
+            options.patch_px,
+            options.patches_per_stack,
+            options.seed,
+            options.augment,
+        )
+    return job
+
+
+def _look_context(learn: tuple[Stack, ...], options: TrainOptions) -> NetContext:
+    """What a net for the defocus is shown."""
+    from mm_autofocus.models.nets.base import NetContext
+
+    looks, tolerance = options.looks_um, options.look_tolerance_um
+    return NetContext(
+        looks_um=looks,
+        channels=3 if learn[0].is_rgb else 1,
+        range_um=options.range_um or range_of(learn, looks, tolerance),
+        patch_px=options.patch_px,
+        **_optics_of(learn),
+    )
+
+
+def _pair_context(learn: tuple[Stack, ...], options: TrainOptions) -> NetContext:
+    """What a net that recovers the sharp image is shown.
+
+    Raises
+    ------
+    InputError
+        Looks or a range are given, which are those of other nets; a stack has no two planes
+        that lie as the shots do.
+    """
+    from mm_autofocus.models.nets.base import NetContext
+
+    for key in ("looks_um", "range_um"):
+        if key in options.model_fields_set and getattr(options, key) not in (None, (0.0,)):
+            raise InputError(
+                f"{key}: is not allowed with the model {options.model!r}, which takes two "
+                "shots; pairs.half_um and pairs.focus_most_um say how they lie"
+            )
+    for stack in learn:
+        draw_pair(stack, options.pairs, np.random.default_rng(0))
+    most = options.pairs.focus_most_um
+    return NetContext(
+        channels=3 if learn[0].is_rgb else 1,
+        range_um=(-most, most),
+        half_um=options.pairs.half_um,
+        patch_px=options.patch_px,
+        **_optics_of(learn),
+    )
+
+
+def _source(fields: list[Field], options: TrainOptions, run: Path, refocus: bool) -> Source:
+    """What is trained on."""
+    if refocus:
+        return PairSource(
+            fields,
+            Truths(fields, options.pairs.truth, run / "fusion"),
+            options.crop_px,
+            options.patches_per_stack,
+            options.seed,
+            options.augment,
+            options.pairs,
+        )
+    return PatchSource(
         fields,
         options.crop_px,
         options.patches_per_stack,
@@ -182,25 +268,31 @@ def prepare(
         options.augment,
         (options.near_share, options.near_um),
     )
-    mosaics = None
-    if net.rin is not None and options.mosaics:
-        mosaics = MosaicSource(
-            [*fields, *(ready(blank) if blank else [])],
-            options.patch_px,
-            options.patches_per_stack,
-            options.seed,
-            options.augment,
+
+
+def _judge(fields: list[Field], options: TrainOptions, run: Path, refocus: bool) -> Validation:
+    """What it is judged by."""
+    from mm_autofocus.training.validate import DefocusValidation, RefocusValidation
+
+    px = options.patch_px
+    if refocus:
+        pairs = validation_pairs(
+            fields,
+            options.pairs,
+            px,
+            per_field=options.validation_planes,
+            most=options.validation_most,
         )
+        truths = Truths(fields, options.pairs.truth, run / "fusion")
+        return RefocusValidation(fields, truths, pairs, px)
     looked_at = validation_patches(
-        validation,
-        options.patch_px,
+        fields,
+        px,
         planes=options.validation_planes,
         patches=options.validation_patches,
         most=options.validation_most,
     )
-    if not looked_at:
-        raise InputError(f"{dataset.path}: no patch of its validation part shows specimen")
-    return Job(run, options, patches, mosaics, validation, looked_at, identity, state)
+    return DefocusValidation(fields, looked_at, px)
 
 
 def _note(run: Path, dataset: Dataset) -> None:
@@ -215,9 +307,9 @@ def _note(run: Path, dataset: Dataset) -> None:
     (run / "run.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
 
 
-def _optics_of(stacks: tuple[Stack, ...]) -> dict[str, float | None]:
+def _optics_of(stacks: tuple[Stack, ...]) -> dict[str, Any]:
     """What all stacks agree on."""
-    known: dict[str, float | None] = {}
+    known: dict[str, Any] = {}
     for key in ("na", "wavelength_um", "pixel_size_um"):
         values = {s.optics.get(key) for s in stacks}
         value = values.pop() if len(values) == 1 else None

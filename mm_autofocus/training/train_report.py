@@ -6,13 +6,14 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cv2
 import numpy as np
 
 from mm_autofocus.page import page, plot, png, section, table
 from mm_autofocus.training.progress import read_log
+from mm_autofocus.training.refocus_train_report import refocus_parts
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from mm_autofocus.training.fields import Field
     from mm_autofocus.training.options import TrainOptions
+    from mm_autofocus.training.validate import Validation
 
     Floats = npt.NDArray[np.float64]
 
@@ -29,15 +31,15 @@ _EXAMPLES = 6
 _EDGE_PX = 160
 
 
-def write_train_report(run: Path, validation: Sequence[Field], options: TrainOptions) -> Path:
+def write_train_report(run: Path, validation: Validation, options: TrainOptions) -> Path:
     """Write ``report.html`` and its plots as PNG into the folder of a run.
 
     Parameters
     ----------
     run : Path
         With ``log.jsonl`` and ``validation.npy``.
-    validation : sequence of Field
-        Of the validation part, as they were trained with.
+    validation : Validation
+        What it was judged by.
     options : TrainOptions
         Of the training.
 
@@ -48,7 +50,15 @@ def write_train_report(run: Path, validation: Sequence[Field], options: TrainOpt
     """
     rows = read_log(run / "log.jsonl")
     frames = np.load(run / "validation.npy")
-    best = min(rows, key=lambda r: r["validation"]["mae_um"])
+    best = min(rows, key=lambda r: validation.worth(r["validation"]))
+    if "psnr_db" in best["validation"]:
+        text, pictures = refocus_parts(
+            run, rows, best, frames, cast("Any", validation), options
+        )
+        for name, data in pictures.items():
+            (run / f"{name}.png").write_bytes(data)
+        return _write(run, options, text)
+    fields = validation.fields
     figures = {"curves": _curves(rows), "error": _errors(frames), "regression": _fit(frames)}
     pictures = {name: png(figure) for name, figure in figures.items()}
     for name, data in pictures.items():
@@ -63,14 +73,21 @@ def write_train_report(run: Path, validation: Sequence[Field], options: TrainOpt
     error = np.abs(frames[:, 3] - frames[:, 2])
     order = np.argsort(error, kind="stable")
     parts += [
-        section("Worst frames", _examples(frames[order[::-1][:_EXAMPLES]], validation)),
-        section("Best frames", _examples(frames[order[:_EXAMPLES]], validation)),
-        section("Fields", _by_field(frames, validation)),
-        f"<h2>Options</h2><details><summary>show</summary><pre>"
-        f"{html.escape(options.to_yaml())}</pre></details>",
+        section("Worst frames", _examples(frames[order[::-1][:_EXAMPLES]], fields)),
+        section("Best frames", _examples(frames[order[:_EXAMPLES]], fields)),
+        section("Fields", _by_field(frames, fields)),
     ]
+    return _write(run, options, parts)
+
+
+def _write(run: Path, options: TrainOptions, parts: list[str]) -> Path:
+    how = (
+        f"<h2>Options</h2><details><summary>show</summary><pre>"
+        f"{html.escape(options.to_yaml())}</pre></details>"
+    )
     report = run / "report.html"
-    report.write_text(page(f"Training of {options.model}", "".join(parts)), encoding="utf-8")
+    text = page(f"Training of {options.model}", "".join((*parts, how)))
+    report.write_text(text, encoding="utf-8")
     return report
 
 

@@ -1,7 +1,8 @@
-"""Nets that predict defocus. They need torch; naming and listing them does not.
+"""Nets that predict defocus or recover the sharp image. They need torch; listing them does not.
 
-A net takes patches ``(N, looks · channels, P, P)`` float32 in 0 … 1 and returns the defocus
-of the present z with its own uncertainty: see `mm_autofocus.models.nets.base`.
+The first kind takes patches ``(N, looks · channels, P, P)`` float32 in 0 … 1 and returns the
+defocus of the present z with its own uncertainty: see `mm_autofocus.models.nets.base`. The
+second takes two shots and returns the image in focus: `mm_autofocus.models.nets.refocus`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from mm_autofocus.registry import Registry
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mm_autofocus.models.nets.base import DefocusNet, NetContext
+    from mm_autofocus.models.nets.base import Net, NetContext
 
 __all__ = ["NETS", "build_net", "need_torch"]
 
@@ -27,9 +28,12 @@ NETS = Registry(
         "pg-dcn": f"{_N}.pg_dcn:PgDcn",
         "resnet": f"{_N}.resnet:ResNet",
         "convnext": f"{_N}.convnext:ConvNeXt",
+        "tsva": f"{_N}.tsva:Tsva",
+        "unet": f"{_N}.tsva:UNet",
+        "nafnet": f"{_N}.nafnet:NafNet",
     },
 )
-"""Classes ``(context, options)``, subclasses of `base.DefocusNet`."""
+"""Classes ``(context, options)``, subclasses of `base.Net`."""
 
 
 def need_torch() -> None:
@@ -48,9 +52,7 @@ def need_torch() -> None:
         ) from None
 
 
-def build_net(
-    name: str, context: NetContext, options: Mapping[str, Any] | None = None
-) -> DefocusNet:
+def build_net(name: str, context: NetContext, options: Mapping[str, Any] | None = None) -> Net:
     """Make an untrained net.
 
     Parameters
@@ -70,5 +72,5 @@ def build_net(
     NETS.check(name)
     need_torch()
     kind = NETS.get(name)
-    net: DefocusNet = kind(context, kind.read_options(options or {}))
+    net: Net = kind(context, kind.read_options(options or {}))
     return net

@@ -14,7 +14,9 @@ from mm_autofocus.errors import InputError
 from mm_autofocus.registry import suggest
 
 __all__ = [
+    "AnyOptions",
     "DefocusNet",
+    "Net",
     "NetContext",
     "NetOptions",
     "Output",
@@ -36,7 +38,9 @@ class NetContext(BaseModel):
     channels : {1, 3}
         Per look.
     range_um : tuple of float
-        Smallest and largest defocus that it is trained on.
+        Smallest and largest defocus that it is trained on; of two shots, of their middle.
+    half_um : tuple of float | None
+        Two shots: smallest and largest distance of each from their middle.
     patch_px : int
         Edge of a patch at run time.
     na, wavelength_um, pixel_size_um : float | None
@@ -48,6 +52,7 @@ class NetContext(BaseModel):
     looks_um: tuple[float, ...] = (0.0,)
     channels: Literal[1, 3] = 1
     range_um: tuple[float, float] = (-25.0, 25.0)
+    half_um: tuple[float, float] | None = None
     patch_px: int = 224
     na: float | None = None
     wavelength_um: float | None = None
@@ -59,8 +64,14 @@ class NetContext(BaseModel):
         return len(self.looks_um) * self.channels
 
 
-class NetOptions(BaseModel):
-    """Options that every net has.
+class AnyOptions(BaseModel):
+    """Options of a net; a subclass names them."""
+
+    model_config = _STRICT
+
+
+class NetOptions(AnyOptions):
+    """Options that every net for the defocus has.
 
     Attributes
     ----------
@@ -75,8 +86,6 @@ class NetOptions(BaseModel):
         Of the bins: the mean about the highest one, or of all. A net that is in doubt about
         the sign has two peaks; their mean is no guess at all.
     """
-
-    model_config = _STRICT
 
     standardise: Literal["concat", "only", "none"] = "concat"
     head: Literal["bins", "gaussian"] = "bins"
@@ -102,23 +111,24 @@ class Output(NamedTuple):
     extra: dict[str, Tensor]
 
 
-class DefocusNet(nn.Module):
-    """Base of all nets.
+class Net(nn.Module):
+    """Base of all nets: a task, options, and what is minimised.
 
-    A subclass sets `Options` and implements `forward` and `losses`. `rin` is None, or a
-    module from a mosaic ``(M, C, rows · 56, columns · 56)`` to logits ``(M, rows, columns)``.
+    Attributes
+    ----------
+    task : {"defocus", "refocus"}
+        What it answers.
     """
 
-    Options: ClassVar[type[NetOptions]] = NetOptions
+    Options: ClassVar[type[AnyOptions]]
+    task: ClassVar[Literal["defocus", "refocus"]]
 
-    def __init__(self, context: NetContext, options: NetOptions) -> None:
+    def __init__(self, context: NetContext, options: AnyOptions) -> None:
         super().__init__()
         self.context, self.options = context, options
-        # not as an attribute of the class: torch would never look behind it
-        self.rin: nn.Module | None = None
 
     @classmethod
-    def read_options(cls, given: Mapping[str, Any]) -> NetOptions:
+    def read_options(cls, given: Mapping[str, Any]) -> AnyOptions:
         """Check options.
 
         Raises
@@ -142,6 +152,27 @@ class DefocusNet(nn.Module):
                 f"net.{key}: {first['input']!r} is not allowed: {first['msg']}"
             ) from None
 
+    def losses_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parts of the loss of a batch of samples, weighted; their sum is minimised."""
+        raise NotImplementedError
+
+
+class DefocusNet(Net):
+    """Base of the nets that predict defocus.
+
+    A subclass sets `Options` and implements `forward` and `losses`. `rin` is None, or a
+    module from a mosaic ``(M, C, rows · 56, columns · 56)`` to logits ``(M, rows, columns)``.
+    """
+
+    Options: ClassVar[type[AnyOptions]] = NetOptions
+    task = "defocus"
+
+    def __init__(self, context: NetContext, options: NetOptions) -> None:
+        super().__init__(context, options)
+        self.options: NetOptions = options
+        # not as an attribute of the class: torch would never look behind it
+        self.rin: nn.Module | None = None
+
     def forward(self, patches: Tensor) -> Output:
         """Predict the defocus of patches ``(N, C, P, P)``, float32 in 0 … 1."""
         raise NotImplementedError
@@ -157,6 +188,16 @@ class DefocusNet(nn.Module):
             ``(N,)``, the labels.
         """
         raise NotImplementedError
+
+    def losses_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`losses` of patches, and that of the importance where mosaics came with them."""
+        losses = self.losses(self(batch["patches"]), batch["defocus_um"])
+        if "mosaic" in batch and self.rin is not None:
+            logits = self.rin(batch["mosaic"]).float()
+            losses["importance"] = nn.functional.binary_cross_entropy_with_logits(
+                logits, batch["importance"]
+            )
+        return losses
 
 
 class Standardise(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_autofocus.models.nets.base import (
+    AnyOptions,
     DefocusNet,
     NetContext,
     NetOptions,
@@ -72,7 +73,7 @@ class Block(nn.Module):
 class ConvNeXt(DefocusNet):
     """A regressor on a small ConvNeXt."""
 
-    Options: ClassVar[type[NetOptions]] = ConvNeXtOptions
+    Options: ClassVar[type[AnyOptions]] = ConvNeXtOptions
 
     def __init__(self, context: NetContext, options: ConvNeXtOptions) -> None:
         super().__init__(context, options)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_autofocus.models.nets.base import (
+    AnyOptions,
     DefocusNet,
     NetContext,
-    NetOptions,
     Output,
     full_precision,
 )
@@ -59,7 +59,7 @@ class PgDcnOptions(SparseFocusOptions):
 class PgDcn(DefocusNet):
     """Direction classifier and two side regressors."""
 
-    Options: ClassVar[type[NetOptions]] = PgDcnOptions
+    Options: ClassVar[type[AnyOptions]] = PgDcnOptions
 
     def __init__(self, context: NetContext, options: PgDcnOptions) -> None:
         super().__init__(context, options)

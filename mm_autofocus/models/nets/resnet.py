@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from mm_autofocus.models.nets.base import (
+    AnyOptions,
     DefocusNet,
     NetContext,
     NetOptions,
@@ -70,7 +71,7 @@ class Basic(nn.Module):
 class ResNet(DefocusNet):
     """A regressor on a ResNet."""
 
-    Options: ClassVar[type[NetOptions]] = ResNetOptions
+    Options: ClassVar[type[AnyOptions]] = ResNetOptions
 
     def __init__(self, context: NetContext, options: ResNetOptions) -> None:
         super().__init__(context, options)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_autofocus.models.nets.base import (
+    AnyOptions,
     DefocusNet,
     NetContext,
     NetOptions,
@@ -198,7 +199,7 @@ class Rin(nn.Module):
 class SparseFocus(DefocusNet):
     """RIN and DPN; the top-k and the median are the run time's."""
 
-    Options: ClassVar[type[NetOptions]] = SparseFocusOptions
+    Options: ClassVar[type[AnyOptions]] = SparseFocusOptions
 
     def __init__(self, context: NetContext, options: SparseFocusOptions) -> None:
         super().__init__(context, options)

@@ -1,0 +1,156 @@
+"""Two-shot virtual autofocusing, and the single-shot U-Net beside it.
+
+Source: Li, Liu, Han, Guo, Ji, Wu, *Rapid Whole Slide Imaging via Learning-based Two-shot
+Virtual Autofocusing*. Two contracting paths that share their weights, the sharper shot first;
+their deepest features side by side; one expansive path that sees the features of both at
+every scale; what it gives is added to the sharper shot. Drawn with both paths the net has 27
+convolutions: 2 × 8 going down over four scales, one where the paths meet, 3 upwards, 6 beside
+the skips and the last one. The text gives neither the number of scales nor the channels; four
+scales are the reading with which its count comes out. The channels of the figure would
+make a net beyond what is shipped, `width` sets them.
+
+U-Net: Ronneberger, Fischer, Brox, *MICCAI* 2015, with the same widths and the same residual,
+shown the sharper shot alone. It is the paper's baseline.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mm_autofocus.models.nets.base import AnyOptions, NetContext
+from mm_autofocus.models.nets.refocus import RefocusNet, RefocusOptions, TowardHead
+
+__all__ = ["Tsva", "TsvaOptions", "UNet"]
+
+_SCALES = 4
+
+
+class TsvaOptions(RefocusOptions):
+    """Options of `Tsva` and `UNet`.
+
+    Attributes
+    ----------
+    width : int
+        Channels of the first scale; each further one has twice as many.
+    norm : {"batch", "none"}
+        After each 3 × 3 convolution.
+    """
+
+    width: Annotated[int, Field(ge=4, le=128)] = 16
+    norm: Literal["batch", "none"] = "batch"
+
+
+def _block(before: int, width: int, norm: str) -> nn.Sequential:
+    """Two 3 × 3 convolutions, each with its norm and ReLU."""
+    layers: list[nn.Module] = []
+    for channels in (before, width):
+        layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=norm == "none"))
+        if norm == "batch":
+            layers.append(nn.BatchNorm2d(width))
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+class _Down(nn.Module):
+    """The contracting path: features of each scale, the finest first."""
+
+    def __init__(self, channels: int, options: TsvaOptions) -> None:
+        super().__init__()
+        widths = [options.width * 2**k for k in range(_SCALES)]
+        self.blocks = nn.ModuleList(
+            _block(a, b, options.norm)
+            for a, b in zip([channels, *widths], widths, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """``(N, C, H, W)`` to four of ``(N, width · 2^k, H / 2^k, W / 2^k)``."""
+        found = []
+        for k, block in enumerate(self.blocks):
+            x = block(F.max_pool2d(x, 2) if k else x)
+            found.append(x)
+        return found
+
+
+class _Up(nn.Module):
+    """The expansive path: from the deepest features and those beside it to the image."""
+
+    def __init__(self, channels: int, options: TsvaOptions, paths: int) -> None:
+        super().__init__()
+        widths = [options.width * 2**k for k in reversed(range(_SCALES - 1))]
+        deep = [2 * w for w in widths]
+        # 2 x 2, as published: padded below and to the right, so that the size stays
+        self.ups = nn.ModuleList(nn.Conv2d(d, w, 2) for d, w in zip(deep, widths, strict=True))
+        self.blocks = nn.ModuleList(_block((1 + paths) * w, w, options.norm) for w in widths)
+        self.last = nn.Conv2d(widths[-1], channels, 1)
+        nn.init.zeros_(self.last.weight)
+        assert self.last.bias is not None
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, skips: list[tuple[Tensor, ...]]) -> Tensor:
+        """Deepest features and, coarsest first, those of each path beside it."""
+        for up, block, beside in zip(self.ups, self.blocks, skips, strict=True):
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = up(F.pad(x, (0, 1, 0, 1)))
+            x = block(torch.cat((x, *beside), 1))
+        out: Tensor = self.last(x)
+        return out
+
+
+class Tsva(RefocusNet):
+    """The published network."""
+
+    Options: ClassVar[type[AnyOptions]] = TsvaOptions
+
+    def __init__(self, context: NetContext, options: TsvaOptions) -> None:
+        super().__init__(context, options)
+        deepest = options.width * 2 ** (_SCALES - 1)
+        self.down = _Down(context.channels, options)
+        meet: list[nn.Module] = [
+            nn.Conv2d(2 * deepest, deepest, 3, padding=1, bias=options.norm == "none")
+        ]
+        meet += [nn.BatchNorm2d(deepest)] if options.norm == "batch" else []
+        self.meet = nn.Sequential(*meet, nn.ReLU(inplace=True))
+        self.up = _Up(context.channels, options, paths=2)
+        self.toward = TowardHead(deepest)
+
+    @property
+    def halo_px(self) -> int:
+        """Margin that a tile loses: a pixel sees up to 66 others to each side."""
+        return 72
+
+    def recover(self, shots: Tensor, side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of two shots; which of them is the lower one it is not told, as published."""
+        c = self.context.channels
+        one, two = self.down(shots[:, :c]), self.down(shots[:, c:])
+        deep = self.meet(torch.cat((one[-1], two[-1]), 1))
+        skips = list(zip(one[-2::-1], two[-2::-1], strict=True))
+        return self.up(deep, skips), *self.toward(deep)
+
+
+class UNet(RefocusNet):
+    """The single-shot U-Net: the sharper shot alone."""
+
+    Options: ClassVar[type[AnyOptions]] = TsvaOptions
+    shots: ClassVar[int] = 1
+
+    def __init__(self, context: NetContext, options: TsvaOptions) -> None:
+        super().__init__(context, options)
+        self.down = _Down(context.channels, options)
+        self.up = _Up(context.channels, options, paths=1)
+        self.toward = TowardHead(options.width * 2 ** (_SCALES - 1))
+
+    @property
+    def halo_px(self) -> int:
+        """Margin that a tile loses: a pixel sees up to 58 others to each side."""
+        return 64
+
+    def recover(self, shots: Tensor, side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the sharper shot."""
+        features = self.down(shots[:, : self.context.channels])
+        skips = [(f,) for f in features[-2::-1]]
+        return self.up(features[-1], skips), *self.toward(features[-1])

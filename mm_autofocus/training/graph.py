@@ -1,0 +1,69 @@
+"""A net of torch becomes the graph of an ONNX file, with its card inside."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_autofocus.models.card import KEY
+
+if TYPE_CHECKING:
+    from mm_autofocus.models.card import ModelCard
+
+__all__ = ["OPSET", "write_graph"]
+
+OPSET = 17
+
+
+def write_graph(
+    graph: Any,
+    inputs: tuple[Any, ...],
+    names: Sequence[str],
+    outputs: Sequence[str],
+    axes: dict[str, dict[int, str]],
+    card: ModelCard,
+    path: Path,
+) -> None:
+    """Write a module of torch with its card, not sealed.
+
+    Parameters
+    ----------
+    graph : torch.nn.Module
+        Ready to predict.
+    inputs : tuple of Tensor
+        What it is traced with.
+    names, outputs : sequence of str
+        Of its inputs and outputs.
+    axes : dict
+        Input or output to axis to name: axes of any length.
+    card : ModelCard
+        Put into the metadata.
+    path : Path
+        File to write.
+    """
+    import onnx
+    import torch
+
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), torch.inference_mode():
+        # the tracer says that it traces; parity is checked behind it
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            graph,
+            inputs,
+            buffer,  # type: ignore[arg-type]
+            input_names=list(names),
+            output_names=list(outputs),
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    model = onnx.load_from_string(buffer.getvalue())
+    model.producer_name = "mm_autofocus"
+    entry = model.metadata_props.add()
+    entry.key, entry.value = KEY, card.to_json()
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
