@@ -1,0 +1,165 @@
+"""Stacks on virtual slides under lenses drawn by lot, by the `collect` that a lab uses.
+
+What the scripts share that make the shipped models. Only seeds of training are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core while collecting
+
+import cv2
+import numpy as np
+import skimage
+import useq
+from mm_autofocus.config import close_core, open_core
+from mm_autofocus.errors import InputError
+from mm_autofocus.sim.draws import TRAINING_SEEDS, draw
+from mm_autofocus.sim.microscope import Microscope
+from mm_autofocus.sim.truth import microscope_of
+from mm_autofocus.training.collect import collect
+from mm_autofocus.training.dataset import read_meta
+
+PIXEL_UM = 0.325
+OPTICS = {"na": 0.75, "magnification": 20}
+
+# Real pictures that come with scikit-image: one of tissue, and some that are none, as
+# textures that the generators of the slide do not make.
+PICTURES = Path(skimage.__file__).parent / "data"
+TISSUE_PICTURE = ""
+OTHER_PICTURES = ("coffee.png", "retina.jpg", "grass.png", "gravel.png")
+KINDS = (("tissue", 0.55), ("smear", 0.17), ("tissue picture", 0.16), ("other picture", 0.12))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is collected.
+
+    Attributes
+    ----------
+    planes_um : sequence of float
+        Relative to about the middle of the specimen.
+    first_seed : int
+        Of the slides; each slide has the next one.
+    fields : dict
+        Edge of the frames to how many fields of each sparsity, and how many blank ones.
+    large : float
+        Share of the slides whose frames have the larger edge.
+    offset_um : (float, float)
+        The stacks begin at a random z in this range about the middle.
+    """
+
+    planes_um: tuple[float, ...]
+    first_seed: int
+    fields: dict[int, tuple[int, int]]
+    large: float
+    offset_um: tuple[float, float]
+
+
+def kind_of(rng: np.random.Generator) -> tuple[str, str]:
+    """Draw a kind of slide and its picture."""
+    name = str(rng.choice([k for k, _ in KINDS], p=[p for _, p in KINDS]))
+    if name == "tissue picture":
+        return "picture", TISSUE_PICTURE
+    if name == "other picture":
+        return "picture", str(PICTURES / str(rng.choice(OTHER_PICTURES)))
+    return name, ""
+
+
+def places(
+    scope: Microscope, rng: np.random.Generator, px: int, recipe: Recipe
+) -> list[dict[str, object]]:
+    """Fields of all sparsities, somewhere on the slide, near their focus."""
+    edge = px * PIXEL_UM
+    many, blank = recipe.fields[px]
+    wanted = {"dense": many, "sparse": many, "extremely-sparse": many, "blank": blank}
+    found: list[dict[str, object]] = []
+    for kind, n in wanted.items():
+        start = (float(rng.uniform(-3000, 3000)), float(rng.uniform(-3000, 3000)))
+        try:
+            fields = (
+                scope.slide.find_fields(kind, n, (edge, edge), start=start, max_fields=4000)
+                if n
+                else []
+            )
+        except InputError:
+            continue  # some pictures leave no such field
+        for x, y in fields:
+            # phase and spherical aberration move the sharpest plane below the middle
+            z = scope.slide.height_at(x, y) + float(rng.uniform(*recipe.offset_um))
+            found.append({"x": x, "y": y, "z": z, "name": f"{kind}{len(found):02d}"})
+    return found
+
+
+def collect_share(recipe: Recipe, folder: Path, stacks: int, job: int, jobs: int) -> None:
+    """Collect one process's share of the stacks into a dataset of its own."""
+    cv2.setNumThreads(1)
+    known = set()
+    if (folder / "dataset.json").is_file():
+        # the last one may not be whole
+        known = set(list(read_meta(folder)["slides"])[:-1])
+    core = open_core("virtual_slide.cfg")
+    small, large = min(recipe.fields), max(recipe.fields)
+    done = 0
+    try:
+        scope = microscope_of(core)
+        for seed in range(recipe.first_seed + job, TRAINING_SEEDS[-1], jobs):
+            if done >= stacks / jobs:
+                return
+            rng = np.random.default_rng([seed, 5])
+            kind, picture = kind_of(rng)
+            draw(seed, kind, picture=picture).apply(scope)
+            px = large if rng.uniform() < recipe.large else small
+            core.setProperty("Camera", "sensor", f"{px}x{px}")
+            slide = f"{kind}-{seed}"
+            fields = places(scope, rng, px, recipe)
+            if slide not in known:
+                plan = useq.MDASequence(
+                    stage_positions=fields,
+                    z_plan=useq.ZRelativePositions(relative=list(recipe.planes_um)),
+                )
+                collect(plan, core, folder, slide=slide, optics=OPTICS, simulated=True)
+            done += len(fields)
+            print(f"job {job}: slide {slide}, {done} stacks", flush=True)
+    finally:
+        close_core(core)
+
+
+def command(*args: object) -> None:
+    """Run a shipped command, and stop if it fails."""
+    words = [*map(str, args)]
+    print("$ mm-autofocus", *words, flush=True)
+    own = Path(sys.executable).with_name("mm-autofocus")
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    subprocess.run([own, *words], check=True, env=environment)
+
+
+def collect_all(script: str, output: Path, stacks: int, jobs: int) -> Path:
+    """Collect in several processes, each into a dataset of its own, and join these."""
+    dataset = output / "dataset"
+    shares = [output / f"share{k}" for k in range(jobs)]
+    own = [sys.executable, script, "-o", output, "--stacks", stacks, "--jobs", jobs, "--job"]
+    workers = [subprocess.Popen([*map(str, own), str(k)]) for k in range(jobs)]
+    codes = [worker.wait() for worker in workers]  # all of them, whichever fails first
+    if any(codes):
+        raise SystemExit("collecting failed")
+    sources = [word for share in shares for word in ("--from", share)]
+    command("collect", *sources, "-o", dataset)
+    return dataset
+
+
+def arguments(summary: str, *, stacks: int, minutes: float, size: str) -> argparse.Namespace:
+    """Read the command line that the scripts share."""
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("-o", "--output", type=Path, required=True, help=f"folder, {size}")
+    parser.add_argument("--stacks", type=int, default=stacks)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=minutes, help="of training, each")
+    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
