@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from mm_autofocus.errors import InputError
-from mm_autofocus.sim.draws import BENCHMARK_SEEDS, draw
+from mm_autofocus.sim.draws import BENCHMARK_SEEDS, Draw, draw
 from mm_autofocus.sim.microscope import SENSORS, Microscope
+from mm_autofocus.sim.render import View
 from mm_autofocus.sim.slide import SlideSettings, Sparsity, load_picture
 from mm_autofocus.sim.truth import measured_focus_um
 from mm_autofocus.types import Optics
@@ -30,6 +30,8 @@ PICTURES = ("tiatoolbox_target_image.png", "tcgafocus_32381_sharp.png")
 SPACING = 20
 QUALITY = "standard"
 PIXEL_UM = 0.325
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -129,31 +131,58 @@ class VirtualStack:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
     def _render(self) -> np.ndarray:
-        drawn = draw(self.place.seed, self.place.kind, picture=self.place.picture)
-        scope = Microscope()
-        scope.sensor = f"{self.side}x{self.side}"
-        scope.set_quality(QUALITY)
-        drawn.apply(scope)
-        field_um = (self.side * PIXEL_UM,) * 2
-        # Pictures are repeated in mirrored tiles: begin in the middle of one.
-        picture = self.place.kind == "picture"
-        middle = _middle_um(scope.slide_settings) if picture else (0.0, 0.0)
-        ((x, y),) = scope.slide.find_fields(self.place.sparsity, 1, field_um, start=middle)
-        view = scope.view(x, y)
-        focus = measured_focus_um(scope, view=view)
-        if focus is None:
-            raise InputError(f"{self.group}: the field is blank")
+        found = open_place(self.place, self.side)
         out = np.empty(self.shape, np.uint8)
         for k, z in enumerate(self.z_um):
-            out[k] = scope.camera.expose(
-                scope.renderer.image(view, focus + z),
-                dose=drawn.dose,
-                frame=k,
-                bit_depth=8,
-                sensor=SENSORS[scope.sensor],
-                roi=scope.window,
-            )
+            out[k] = found.frame(z, k)
         return out
+
+
+@dataclass(frozen=True)
+class OpenPlace:
+    """A field under its lens, in front of its camera, and where its focus is."""
+
+    drawn: Draw
+    scope: Microscope
+    view: View
+    focus_um: float
+
+    def frame(self, defocus_um: float, number: int | None) -> np.ndarray:
+        """What the camera gives; without noise where `number`, of the frame, is None."""
+        scope = self.scope
+        return scope.camera.expose(
+            scope.renderer.image(self.view, self.focus_um + defocus_um),
+            dose=self.drawn.dose,
+            frame=number,
+            bit_depth=8,
+            sensor=SENSORS[scope.sensor],
+            roi=scope.window,
+        )
+
+
+def open_place(place: Place, side: int) -> OpenPlace:
+    """Find the field and its focus; InputError if the slide has no such field."""
+    drawn = draw(place.seed, place.kind, picture=place.picture)
+    scope = Microscope()
+    scope.sensor = f"{side}x{side}"
+    scope.set_quality(QUALITY)
+    drawn.apply(scope)
+    field_um = (side * PIXEL_UM,) * 2
+    # Pictures are repeated in mirrored tiles: begin in the middle of one.
+    picture = place.kind == "picture"
+    middle = _middle_um(scope.slide_settings) if picture else (0.0, 0.0)
+    ((x, y),) = scope.slide.find_fields(place.sparsity, 1, field_um, start=middle)
+    view = scope.view(x, y)
+    focus = measured_focus_um(scope, view=view)
+    if focus is None:
+        raise InputError(f"{place.name}/{place.seed}: the field is blank")
+    return OpenPlace(drawn, scope, view, focus)
+
+
+def tried(places: Iterable[Place]) -> Iterator[Iterator[Place]]:
+    """Of each place, it and those with the next seeds: a slide may have no such field."""
+    for place in places:
+        yield (replace(place, seed=place.seed + other) for other in range(SPACING))
 
 
 def _middle_um(settings: SlideSettings) -> tuple[float, float]:
@@ -180,17 +209,22 @@ def stacks(
     below = math.ceil(max(0.0, -min(looks_um)) / step - 1e-9)
     above = math.ceil(max(0.0, *looks_um) / step - 1e-9)
     z = [round((k - (planes - 1) / 2) * step, 6) for k in range(-below, planes + above)]
-    for place in places(n, textures):
-        for other in count():
-            seed = place.seed + other
-            try:
-                stack = VirtualStack(
-                    Place(seed, place.kind, place.picture, place.sparsity), z, side, cache
-                )
-                stack.load()
-            except InputError:
-                if other == SPACING - 1:
-                    raise
-                continue
-            yield stack
-            break
+    for candidates in tried(places(n, textures)):
+        yield first_of(candidates, lambda place: _loaded(place, z, side, cache))
+
+
+def first_of(candidates: Iterable[Place], make: Callable[[Place], Made]) -> Made:
+    """What can be made of the first of these places of which anything can."""
+    why = InputError("no place")
+    for place in candidates:
+        try:
+            return make(place)
+        except InputError as e:
+            why = e
+    raise why
+
+
+def _loaded(place: Place, z: list[float], side: int, cache: Path | None) -> VirtualStack:
+    stack = VirtualStack(place, z, side, cache)
+    stack.load()
+    return stack

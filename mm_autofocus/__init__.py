@@ -42,10 +42,12 @@ __all__ = [
     "OmeTiffSink",
     "Optics",
     "Prior",
+    "Refocused",
     "RunResult",
     "Strategy",
     "autofocus",
     "load_plan",
+    "refocus",
     "run",
 ]
 
@@ -62,10 +64,12 @@ _WHERE = {
     "OmeTiffSink": "ometiff",
     "Optics": "types",
     "Prior": "types",
+    "Refocused": "refocusing",
     "RunResult": "api",
     "Strategy": "types",
     "autofocus": "api",
     "load_plan": "plan",
+    "refocus": "refocusing",
     "run": "api",
 }
 

@@ -15,6 +15,7 @@ from mm_autofocus.errors import AutofocusError, HardwareError, InputError
 from mm_autofocus.hooks.checks import (
     check_looks,
     check_plan,
+    frame_format,
     prepare_strategy,
     stage_limits_um,
 )
@@ -22,16 +23,20 @@ from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.pymmcore import AutofocusEngine
 from mm_autofocus.hooks.rig import CoreRig
 from mm_autofocus.hooks.running import parts_of
+from mm_autofocus.hooks.shot_plan import delta_of, with_planes
 from mm_autofocus.ometiff import OmeTiffSink
 from mm_autofocus.plan import PlanLike, load_plan, settings_of
 from mm_autofocus.settings import AutofocusSettings, parse_settings
 from mm_autofocus.strategies.escalate import build_strategy
+from mm_autofocus.strategies.two_shot import TwoShotSettings
 from mm_autofocus.types import FocusResult, Look
 
 if TYPE_CHECKING:
     import os
 
     from pymmcore_plus import CMMCorePlus
+
+    from mm_autofocus.refocusing.live import Live
 
 __all__ = ["RunResult", "autofocus", "run"]
 
@@ -54,9 +59,12 @@ class RunResult:
         Frames, those taken again after a correction, and looks together: the light that
         the specimen saw.
     records : list of dict
-        One per search (see `hooks.ledger.Ledger.enter`).
+        One per search (see `hooks.ledger.Ledger.enter`); with two-shot, one per tile.
     cancelled : bool
         The run was ended before its last event.
+    refocus : dict | None
+        What was recovered meanwhile (``refocus="live"``): ``output, model, pairs, flagged,
+        shots_alone, megapixels_per_s, tiles``.
     """
 
     output: list[Path] = field(default_factory=list)
@@ -66,6 +74,7 @@ class RunResult:
     exposures: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
     cancelled: bool = False
+    refocus: dict[str, Any] | None = None
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -91,6 +100,7 @@ class RunResult:
             "autofocus": [
                 {key: r.get(key) for key in _RECORD_KEYS if key in r} for r in self.records
             ],
+            **({} if self.refocus is None else {"refocus": self.refocus}),
         }
 
 
@@ -126,6 +136,11 @@ def run(
     compression: Literal["zlib", "lzw", "zstd"] | None = None,
     engine: Callable[..., AutofocusEngine] = AutofocusEngine,
     on_engine: Callable[[AutofocusEngine], None] | None = None,
+    refocus: Literal["live"] | None = None,
+    refocus_model: str | Path | None = None,
+    refocus_output: str | os.PathLike[str] | None = None,
+    raw_if_unsure: bool = False,
+    on_refocus: Callable[[int], object] | None = None,
 ) -> RunResult:
     """Run a useq plan with autofocus, and save it as OME-TIFF.
 
@@ -152,6 +167,14 @@ def run(
         Makes the engine; for subclasses.
     on_engine : callable, optional
         Called with the engine before the run, to connect to its signals.
+    refocus : {"live"}, optional
+        Recover the sharp image of each tile of a two-shot scan as soon as both shots are on
+        disk, in a process of its own of low priority; what is left is recovered after the
+        run.
+    refocus_model, refocus_output, raw_if_unsure : optional
+        As for `mm_autofocus.refocus`; default output: ``OUT_fused.ome.tiff``.
+    on_refocus : callable, optional
+        Called after the run with the number of tiles that are recovered.
 
     Returns
     -------
@@ -164,13 +187,15 @@ def run(
     FocusFailedError
         A tile failed under ``on_failure: abort``.
     HardwareError
-        A device or the disk failed. Whatever was saved is readable; the message names it.
+        A device or the disk failed, or the recovery did. Whatever was saved is readable; the
+        message names it.
     """
     sequence = load_plan(plan, strategy=strategy, overrides=settings)
     if core is None:
         from pymmcore_plus import CMMCorePlus
 
         core = CMMCorePlus.instance()
+    sequence = with_planes(sequence, core)
     check_plan(core, sequence, settings_of(sequence))
     sink: OmeTiffSink | None = None
     if output is not None:
@@ -181,6 +206,17 @@ def run(
             compression=compression,
         )
         sink.check()
+    live = _live(
+        core,
+        sequence,
+        refocus,
+        output=None if split_positions else output,
+        model=refocus_model,
+        fused=refocus_output,
+        raw_if_unsure=raw_if_unsure,
+        overwrite=overwrite,
+        compression=compression,
+    )
     ours = engine(core, sink=sink)
     if on_engine is not None:
         on_engine(ours)
@@ -190,10 +226,17 @@ def run(
         # a hardware sequence itself has no index
         seen.update((e.index.get("p"), e.index.get("g")) for e in parts_of(event))
 
+    if live is not None and sink is not None:
+        sink.on_written = live.written
+        live.start()
     before = core.mda.set_engine(ours)
     core.mda.events.eventStarted.connect(count)
     try:
         error = _run_until_done(core, sequence)
+    except BaseException:
+        if live is not None:
+            live.stop()
+        raise
     finally:
         core.mda.events.eventStarted.disconnect(count)
         if before is not None:
@@ -208,9 +251,47 @@ def run(
         cancelled=str(core.mda.status.finish_reason) == "canceled",
     )
     error = error or ours.closing_error
+    if live is not None:
+        try:
+            result.refocus = live.finish(on_refocus)
+        except HardwareError as e:  # what befell the microscope is said first
+            error = error or e
     if error is not None:
         raise _as_ours(error, result) from error
     return result
+
+
+def _live(
+    core: CMMCorePlus,
+    sequence: Any,
+    refocus: str | None,
+    *,
+    output: str | os.PathLike[str] | None,
+    model: str | Path | None,
+    fused: str | os.PathLike[str] | None,
+    **options: Any,
+) -> Live | None:
+    """Prepare what recovers while the run goes on, and check that it can."""
+    if refocus is None:
+        if model is not None or fused is not None:
+            raise InputError("refocus_model, refocus_output: need refocus: live")
+        return None
+    if refocus != "live":
+        raise InputError(f"refocus: {refocus!r} is not allowed: must be 'live'")
+    settings = settings_of(sequence)
+    if not isinstance(settings, TwoShotSettings):
+        raise InputError(
+            "refocus: live needs the strategy two-shot, which takes two shots a tile"
+        )
+    if output is None:
+        raise InputError("refocus: live needs one output file for all positions (-o)")
+    # only here: an acquisition without it loads no model for it
+    from mm_autofocus.refocusing.live import Live
+
+    live = Live(Path(output), None if fused is None else Path(fused), model=model, **options)
+    saved = settings.model_copy(update={"roi": None, "binning": None})
+    live.check(frame_format(core, saved), delta_of(sequence, settings))
+    return live
 
 
 def _run_until_done(core: CMMCorePlus, sequence: Any) -> BaseException | None:
@@ -326,7 +407,7 @@ def autofocus(
     ledger.check_home(ledger.z_run_start_um, "the focus stage stands where it may not")
     request = ledger.request(Place({}, None), rig.pixel_size_um())
     chosen = build_strategy(parsed)
-    if chosen is None or parsed.strategy == "hardware":
+    if chosen is None or parsed.search == "hardware":
         raise InputError(
             "strategy: 'hardware' is the core's own: call core.fullFocus(), or use it in a plan"
         )

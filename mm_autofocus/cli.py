@@ -37,6 +37,10 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting (repeatable)."),
 ]
 StrategyName = Annotated[str | None, typer.Option(help="Replace the plan's strategy.")]
+RawIfUnsure = Annotated[
+    bool,
+    typer.Option("--raw-if-unsure", help="Keep the sharper shot where the result is doubtful."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
@@ -75,11 +79,21 @@ def demo(
     real_time: Annotated[
         bool, typer.Option("--real-time", help="Let the stage take its time.")
     ] = False,
+    refocus_model: Annotated[
+        str | None, typer.Option(help="Of two-shot: the model that recovers.")
+    ] = None,
 ) -> None:
     """Focus the virtual slide, end to end, without hardware."""
     from mm_autofocus.demo import run_demo
 
-    code = run_demo(output, strategy, parse_sets(set_), as_json=json_, real_time=real_time)
+    code = run_demo(
+        output,
+        strategy,
+        parse_sets(set_),
+        as_json=json_,
+        real_time=real_time,
+        refocus_model=refocus_model,
+    )
     raise typer.Exit(code)
 
 
@@ -98,6 +112,15 @@ def run(
         bool, typer.Option("--split-positions", help="One file per position.")
     ] = False,
     compression: Annotated[str | None, typer.Option(help="zlib, lzw or zstd.")] = None,
+    refocus: Annotated[
+        str | None,
+        typer.Option(help="live: recover the sharp image of each two-shot tile meanwhile."),
+    ] = None,
+    refocus_model: Annotated[str | None, typer.Option(help="Model that recovers.")] = None,
+    refocus_output: Annotated[
+        Path | None, typer.Option(help="*.ome.tiff; default: OUT_fused.ome.tiff.")
+    ] = None,
+    raw_if_unsure: RawIfUnsure = False,
     json_: Json = False,
 ) -> None:
     """Run a plan with autofocus and save it as OME-TIFF."""
@@ -115,16 +138,83 @@ def run(
         "compression": compression,
     }
     OmeTiffSink(output, **options).check()  # before a configuration wakes the devices
+    if refocus == "live":
+        from mm_autofocus.refocusing.live import Live
+
+        Live(output, refocus_output, model=refocus_model, overwrite=overwrite)
     core = open_core(config)
     try:
         result = run_shown(
-            sequence, core, output, as_json=json_, debug=_state["debug"], **options
+            sequence,
+            core,
+            output,
+            as_json=json_,
+            debug=_state["debug"],
+            refocus=refocus,
+            refocus_model=refocus_model,
+            refocus_output=refocus_output,
+            raw_if_unsure=raw_if_unsure,
+            **options,
         )
     finally:
         close_core(core)
     if json_:
         _print_json(result.to_json())
     raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def refocus(
+    raw: Annotated[Path, typer.Argument(help="An OME-TIFF with two shots of each tile.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="*.ome.tiff to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="A model by name, or *.onnx; default: tsva-slide20x.")
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Card of a model that has none.")] = None,
+    raw_if_unsure: RawIfUnsure = False,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A running Dask scheduler, tcp://host:8786.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of one run of the net; default: all cores.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="cpu, cuda, directml or coreml (repeatable).")
+    ] = None,
+    tile_px: Annotated[int, typer.Option(help="Edge of what is recovered at once.")] = 512,
+    max_value: Annotated[
+        float | None, typer.Option(help="Where the camera saturates, if pixels are floats.")
+    ] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="The same tiles in focus, to tell the PSNR.")
+    ] = None,
+    compression: Annotated[str | None, typer.Option(help="zlib, lzw or zstd.")] = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Recover the sharp image of each tile from its two shots."""
+    from mm_autofocus.refocus_cli import print_refocused, refocus_shown
+
+    found = refocus_shown(
+        raw,
+        output,
+        quiet=json_,
+        model=model,
+        card=card,
+        raw_if_unsure=raw_if_unsure,
+        scheduler=scheduler,
+        threads=threads,
+        providers=provider,
+        tile_px=tile_px,
+        max_value=max_value,
+        truth=truth,
+        compression=compression,
+        overwrite=overwrite,
+    )
+    if json_:
+        _print_json(found.to_json())
+    else:
+        print_refocused(found)
 
 
 @app.command()
@@ -293,7 +383,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="zero, hill-climb, grid-median, none, or another model (repeatable); "
-            "default: the first three."
+            "default: the first three. For a model that recovers images: sharper, mean, "
+            "wiener, wavelet, laplacian (all by default), none, or another model."
         ),
     ] = None,
     output: Annotated[
@@ -361,10 +452,8 @@ def train(
     if json_:
         _print_json(result)
     else:
-        v = result["validation"]
         typer.echo(
-            f"{result['run']}: validation MAE {v['mae_um']:.3f} µm, right direction "
-            f"{100 * v['dss']:.2f} %; report: {result['report']}"
+            f"{result['run']}: validation {result['figures']}; report: {result['report']}"
         )
 
 
@@ -400,9 +489,14 @@ def export(
     if json_:
         _print_json(result)
     else:
+        parity = (
+            f"{result['parity_um']:.2g} µm"
+            if "parity_um" in result
+            else f"{result['parity']:.2g} of the range of the camera"
+        )
         typer.echo(
             f"{result['model']}: {result['size_mb']:.1f} MB, differs from torch by at most "
-            f"{result['parity_um']:.2g} µm"
+            f"{parity}"
         )
 
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -130,6 +137,7 @@ class RunDisplay:
             console=console,
         )
         self._task = self._progress.add_task("frames", total=total_frames)
+        self._recovery: TaskID | None = None
         self._live: Live | None = None
 
     def connect(self, engine: AutofocusEngine) -> None:
@@ -141,6 +149,13 @@ class RunDisplay:
     def frame(self) -> None:
         """One more frame was taken."""
         self._progress.advance(self._task)
+        self._refresh()
+
+    def recovered(self, tiles: int) -> None:
+        """So many tiles are recovered; the run itself has ended."""
+        if self._recovery is None:
+            self._recovery = self._progress.add_task("recovered tiles", total=None)
+        self._progress.update(self._recovery, completed=tiles)
         self._refresh()
 
     def __enter__(self) -> RunDisplay:

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_autofocus.console import COLUMNS, make_console, print_tiles
+from mm_autofocus.demo_two_shot import COLUMNS as TWO_SHOT_COLUMNS
+from mm_autofocus.demo_two_shot import need_model, recover
 from mm_autofocus.errors import InputError
 from mm_autofocus.predictions import cells, columns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mm_autofocus.api import RunResult
+    from mm_autofocus.demo_two_shot import Recovered
     from mm_autofocus.sim.microscope import Exposure, Microscope
 
 __all__ = ["Tile", "demo_plan", "run_demo"]
@@ -104,6 +108,7 @@ def run_demo(
     *,
     as_json: bool,
     real_time: bool = False,
+    refocus_model: str | None = None,
 ) -> int:
     """Run the demo; return the exit code.
 
@@ -120,15 +125,20 @@ def run_demo(
         Print one JSON document on stdout and nothing else there.
     real_time : bool
         Let stage and camera take the time that real ones would.
+    refocus_model : str, optional
+        With two shots: the model that recovers, instead of the one that ships.
     """
     from mm_autofocus.config import close_core, open_core
-    from mm_autofocus.plan import load_plan
+    from mm_autofocus.plan import load_plan, settings_of
     from mm_autofocus.report import write_report
     from mm_autofocus.shown import run_shown
     from mm_autofocus.sim.truth import microscope_of
 
     own = {} if "model" in overrides else _own_model(strategy)
     sequence = load_plan(demo_plan(), strategy=strategy, overrides={**own, **overrides})
+    asked = settings_of(sequence)
+    two_shot = asked is not None and asked.strategy == "two-shot"
+    recovers = need_model(refocus_model) if two_shot else None
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -153,25 +163,78 @@ def run_demo(
         result = run_shown(sequence, core, file, as_json=as_json, overwrite=True)
         took_s = scope.clock.now_s - began_s
         tiles = _judge(scope, saved)
+        rows = [_row(r, tiles.get(r["index"]["p"])) for r in result.records]
+        recovered = None
+        if recovers is not None:
+            taken = {p: exposure for p, (exposure, _) in saved.items()}
+            fused = output / "recovered.ome.tiff"
+            recovered = recover(scope, file, fused, recovers, taken, rows)
     finally:
         close_core(core)
-    rows = [_row(r, tiles.get(r["index"]["p"])) for r in result.records]
     write_report(
         file,
         report,
         overwrite=True,
         truth={r["position"]: r for r in rows if r["focus_um"] is not None},
+        more=[] if recovered is None else [("Raw, recovered, true", recovered.strips)],
     )
+    if recovered is not None:
+        _tell_recovered(result, recovered, took_s, report, as_json=as_json, real_time=real_time)
+    else:
+        _tell_focused(result, rows, took_s, report, as_json=as_json, real_time=real_time)
+    return result.exit_code
+
+
+def _tell_focused(
+    result: RunResult,
+    rows: list[dict[str, Any]],
+    took_s: float,
+    report: Path,
+    *,
+    as_json: bool,
+    real_time: bool,
+) -> None:
+    """Say what came of a focus for each tile."""
     verdict = _verdict(rows)
+    if not as_json:
+        _tell(rows, verdict, took_s, report, real_time=real_time)
+        return
+    document = result.to_json()
+    for entry, row in zip(document["autofocus"], rows, strict=True):
+        entry |= {k: row[k] for k in ("kind", "true_defocus_um", "dof_um")}
+    document |= {"report": str(report), "stage_time_s": took_s, **verdict}
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def _tell_recovered(
+    result: RunResult,
+    recovered: Recovered,
+    took_s: float,
+    report: Path,
+    *,
+    as_json: bool,
+    real_time: bool,
+) -> None:
+    """Say what came of two shots."""
     if as_json:
         document = result.to_json()
-        for entry, row in zip(document["autofocus"], rows, strict=True):
-            entry |= {k: row[k] for k in ("kind", "true_defocus_um", "dof_um")}
-        document |= {"report": str(report), "stage_time_s": took_s, **verdict}
+        keys = ("kind", "true_offset_um", "told_offset_um", "psnr_db", "psnr_identity_db")
+        by_place = {r["index"]["p"]: r for r in recovered.rows}
+        for entry in document["autofocus"]:
+            row = by_place[entry["index"]["p"]]
+            entry |= {k: row.get(k) for k in (*keys, "ssim", "dof_um")}
+        document |= {
+            "report": str(report),
+            "stage_time_s": took_s,
+            "refocus": {**recovered.refocused.to_json(), **recovered.verdict()},
+        }
         sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    else:
-        _tell(rows, verdict, took_s, report, real_time=real_time)
-    return result.exit_code
+        return
+    console = make_console()
+    print_tiles(recovered.rows, console, TWO_SHOT_COLUMNS)
+    for line in (*recovered.sentences(), _pace(took_s, len(recovered.rows), real_time)):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
 def _own_model(strategy: str | None) -> dict[str, Any]:
@@ -248,22 +311,29 @@ def _tell(
 ) -> None:
     console = make_console()
     print_tiles(rows, console, [*_DEMO_COLUMNS, *columns(rows)])
-    tiles_per_slide = (_SLIDE_MM * 1000 / (512 * 0.325)) ** 2
-    each_s = took_s / max(len(rows), 1)
-    minutes = tiles_per_slide * each_s / 60
-    what = (
-        "in real time, the rendering by this computer included,"
-        if real_time
-        else "stage and camera would take"
-    )
     for line in (
         f"simulated: {verdict['within_half_dof']} of {verdict['non_blank']} tiles with "
         f"specimen within half a depth of field of the truth, {verdict['within_dof']} within "
         "one",
         f"simulated: {verdict['blank_reported']} of {verdict['blank']} blank tiles reported as "
         f"not focused, {verdict['false_ok']} false ok",
-        f"{what} {each_s:.2f} s a tile: {minutes:.0f} minutes for "
-        f"{_SLIDE_MM:g} × {_SLIDE_MM:g} mm at 20×",
+        _pace(took_s, len(rows), real_time),
         f"report: {report}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _pace(took_s: float, tiles: int, real_time: bool) -> str:
+    """How long a whole slide would take at this pace."""
+    tiles_per_slide = (_SLIDE_MM * 1000 / (512 * 0.325)) ** 2
+    each_s = took_s / max(tiles, 1)
+    minutes = tiles_per_slide * each_s / 60
+    what = (
+        "in real time, the rendering by this computer included,"
+        if real_time
+        else "stage and camera would take"
+    )
+    return (
+        f"{what} {each_s:.2f} s a tile: {minutes:.0f} minutes for "
+        f"{_SLIDE_MM:g} × {_SLIDE_MM:g} mm at 20×"
+    )

@@ -6,24 +6,43 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mm_autofocus.console import make_console
 from mm_autofocus.errors import HardwareError, InputError
-from mm_autofocus.models.importing import load_model
+from mm_autofocus.models.importing import load_any, load_model, load_refocus_model
+from mm_autofocus.models.refocus import RefocusModel
 from mm_autofocus.training.baselines import HillClimb, grid_median
 from mm_autofocus.training.dataset import Dataset
 from mm_autofocus.training.evaluate import Evaluation, evaluate
 from mm_autofocus.training.evaluation_table import HEADS, sentences, table_of
 from mm_autofocus.training.judges import check_stack
+from mm_autofocus.training.planes import max_value_of
+from mm_autofocus.training.refocus_baselines import (
+    REFOCUS_BASELINES,
+    Wiener,
+    baselines_of,
+    need_images,
+    planes_of,
+    two_shots,
+)
+from mm_autofocus.training.refocus_cases import cases_of, halves_within
+from mm_autofocus.training.refocus_evaluate import RefocusEvaluation, evaluate_refocus
+from mm_autofocus.training.refocus_table import (
+    refocus_heads,
+    refocus_sentences,
+    refocus_table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mm_autofocus.models.card import ModelCard
     from mm_autofocus.training.judges import Judge, Search
+    from mm_autofocus.training.refocus_report import Examples
     from mm_autofocus.training.stack import Stack
 
 __all__ = ["BASELINES", "evaluate_model", "print_evaluation"]
@@ -32,6 +51,9 @@ BASELINES = ("zero", "hill-climb", "grid-median")
 """Baselines by name; any other name is that of a model."""
 
 ALL = "all"
+
+_WIENER_STACKS = 8  # of the validation part, to choose the setting of the Wiener filter by
+_WIENER_PX = 256
 
 
 def evaluate_model(
@@ -46,8 +68,11 @@ def evaluate_model(
     output: Path | None = None,
     overwrite: bool = False,
     quiet: bool = False,
-) -> Evaluation:
+) -> Evaluation | RefocusEvaluation:
     """Judge a model by a dataset, and write the report.
+
+    A model that tells the defocus is shown planes; one that recovers the sharp image, pairs
+    of planes, as shots below and above a middle that is drawn by lot.
 
     Parameters
     ----------
@@ -60,7 +85,8 @@ def evaluate_model(
         ``all``; default: ``test`` if there is a split, else all.
     baselines : sequence of str, optional
         Of :data:`BASELINES`, or models, which are asked for the plain median over the
-        grid; ``none`` for none. Default: :data:`BASELINES`.
+        grid; ``none`` for none. Default: :data:`BASELINES`. For a model that recovers
+        images: of `mm_autofocus.training.refocus_baselines.REFOCUS_BASELINES`, or models.
     limit : int, optional
         At most so many stacks, spread evenly over the part.
     truth : bool
@@ -83,7 +109,14 @@ def evaluate_model(
         _check_output(output, overwrite)
     if limit is not None and limit < 1:
         raise InputError(f"--limit: {limit} is not allowed: must be 1 or more")
-    judged = load_model(model, card=card)
+    judged = load_any(model, card=card)
+    if isinstance(judged, RefocusModel):
+        if truth:
+            raise InputError(
+                "--truth: is not allowed with a model that recovers images: they are compared "
+                "with recorded ones"
+            )
+        return _evaluate_refocus(judged, dataset, part, baselines, limit, output, quiet=quiet)
     judges, searches, zero = _baselines(baselines, judged)
     data = Dataset.open(dataset)
     stacks, name, notes = _stacks(data, part, judged.card)
@@ -126,10 +159,13 @@ def evaluate_model(
     return found
 
 
-def print_evaluation(found: Evaluation, console: Console) -> None:
+def print_evaluation(found: Evaluation | RefocusEvaluation, console: Console) -> None:
     """Print the figures as an operator reads them."""
     from rich.table import Table
 
+    if isinstance(found, RefocusEvaluation):
+        _print_refocus(found, console)
+        return
     about = found.about
     dof = "not known" if found.dof_um is None else f"{found.dof_um:.2f} µm"
 
@@ -153,6 +189,164 @@ def print_evaluation(found: Evaluation, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     for sentence in sentences(found.to_json()):
+        line(sentence)
+
+
+# ----------------------------------------------------------------------------- refocus
+
+
+def _evaluate_refocus(
+    judged: RefocusModel,
+    dataset: Path,
+    part: str | None,
+    names: Sequence[str] | None,
+    limit: int | None,
+    output: Path | None,
+    *,
+    quiet: bool,
+) -> RefocusEvaluation:
+    """`evaluate_model`, for a model that recovers the sharp image."""
+    from mm_autofocus.training.refocus_report import Examples
+
+    need_images()
+    data = Dataset.open(dataset)
+    stacks, name, notes = _stacks(data, part, judged.card)
+    if limit is not None and limit < len(stacks):
+        notes.append(f"{limit} of {len(stacks)} stacks, spread evenly (--limit).")
+        chosen = np.linspace(0, len(stacks) - 1, limit).round().astype(int)
+        stacks = [stacks[i] for i in chosen]
+    halves = halves_within(*judged.shots.half_um)
+    known, others = _refocus_baselines(names)
+    for one in (judged, *others.values()):  # before the first of them takes its time
+        for stack, half in ((s, h) for s in stacks for h in halves):
+            _check_shots(one, stack, half)
+    wiener = Wiener()
+    if "wiener" in known:
+        wiener, note = _wiener(data, name, halves)
+        notes.append(note)
+    examples = Examples(judged.card.name, tuple(others))
+    kind = _truth_of(judged.card)
+    if kind != "plane":
+        notes.append("The truth is a fusion of all planes, as in the training of the model.")
+    with TemporaryDirectory() as folder, _progress(len(stacks), quiet) as on_stack:
+
+        def counted() -> Iterator[Any]:
+            for number, case in cases_of(stacks, halves, truth=kind, folder=Path(folder)):
+                on_stack(number)
+                yield case
+            on_stack(len(stacks))
+
+        found = evaluate_refocus(
+            judged, counted(), baselines_of(known, wiener), others=others, watch=examples
+        )
+    simulated = sum(map(data.is_simulated, stacks))
+    if simulated:
+        notes.append(f"{simulated} of {len(stacks)} stacks are simulated.")
+    found.notes = notes
+    found.about = {
+        "model": judged.card.name,
+        "architecture": judged.card.architecture,
+        "sha256": judged.card.sha256,
+        "task": judged.card.task,
+        "dataset": str(dataset),
+        "part": name,
+        "stacks": len(stacks),
+        "simulated": bool(simulated),
+        "label_error_um": _label_error(stacks),
+    }
+    if output is not None:
+        _write_refocus(found, output, examples)
+    return found
+
+
+def _truth_of(card: ModelCard) -> str:
+    """What the model was trained towards: ``plane`` or ``fusion``."""
+    options = card.training.get("options")
+    pairs = options.get("pairs") if isinstance(options, dict) else None
+    return "fusion" if isinstance(pairs, dict) and pairs.get("truth") == "fusion" else "plane"
+
+
+def _refocus_baselines(
+    names: Sequence[str] | None,
+) -> tuple[list[str], dict[str, RefocusModel]]:
+    names = names or REFOCUS_BASELINES
+    if "none" in names:
+        if len(names) > 1:
+            raise InputError("--baseline: 'none' and others are not allowed together")
+        return [], {}
+    known = [name for name in names if name in REFOCUS_BASELINES]
+    others = {}
+    for name in names:
+        if name not in known:
+            try:
+                other = load_refocus_model(name)
+            except InputError as e:
+                allowed = ", ".join((*REFOCUS_BASELINES, "none"))
+                raise InputError(f"--baseline: {e} (or one of {allowed})") from None
+            others[other.card.name] = other
+    return known, others
+
+
+def _check_shots(model: RefocusModel, stack: Stack, half_um: float) -> None:
+    try:
+        model.check(
+            tuple(stack.shape[1:]),
+            half_um=half_um,
+            max_value=max_value_of(stack),
+            pixel_size_um=stack.known_optics().pixel_size_um,
+        )
+    except InputError as e:
+        raise InputError(f"{stack.group}: {e}") from None
+
+
+def _wiener(data: Dataset, part: str, halves: Sequence[float]) -> tuple[Wiener, str]:
+    """The Wiener filter, its setting chosen on the validation part if there is one."""
+    split = data.written_split
+    if part in (ALL, "validation") or split is None or not split.groups.get("validation"):
+        return Wiener(), "wiener: no validation part is left to choose its setting by."
+    stacks = data.part("validation")
+    some = np.linspace(0, len(stacks) - 1, min(len(stacks), _WIENER_STACKS)).round().astype(int)
+
+    def pairs() -> Iterator[Any]:
+        for _, case in cases_of([stacks[i] for i in some], halves, per_half=1):
+            size = case.truth.shape[:2]
+            y, x = (max(n - _WIENER_PX, 0) // 2 for n in size)
+            lower, upper, truth = (
+                image[y : y + _WIENER_PX, x : x + _WIENER_PX]
+                for image in (case.lower, case.upper, case.truth)
+            )
+            shots = two_shots(lower, upper, case.asked_um, case.optics, case.max_value)
+            yield shots, planes_of(truth, case.max_value)
+
+    note = (
+        "wiener: its setting was chosen by the PSNR, for each distance, on "
+        f"{len(some)} stacks of the part 'validation'."
+    )
+    return Wiener.fit(pairs(), halves), note
+
+
+def _print_refocus(found: RefocusEvaluation, console: Console) -> None:
+    from rich.table import Table
+
+    about = found.about
+    fields = len({r.field for r in found.rows})
+
+    def line(text: str, style: str = "") -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False, style=style)
+
+    line(
+        f"{found.name} on {about['dataset']} ({about['part']}): {fields} fields, "
+        f"{len(found.rows)} pairs of shots"
+    )
+    for note in found.notes:
+        line(f"! {note}", "yellow")
+    table = Table()
+    for k, head in enumerate(refocus_heads(found)):
+        table.add_column(head, justify="right" if k else "left", no_wrap=True)
+    for row in refocus_table(found):
+        table.add_row(*row)
+    console.print(table)
+    for sentence in refocus_sentences(found.to_json(), found.name):
         line(sentence)
 
 
@@ -257,14 +451,26 @@ def _check_output(folder: Path, overwrite: bool) -> None:
 def _write(found: Evaluation, folder: Path, stacks: Sequence[Stack]) -> None:
     from mm_autofocus.training.evaluation_report import plots, report_page
 
+    pictures = plots(found)
+    _write_files(folder, found.to_json(), pictures, report_page(found, pictures, stacks))
+
+
+def _write_refocus(found: RefocusEvaluation, folder: Path, examples: Examples) -> None:
+    from mm_autofocus.training.refocus_report import refocus_page, refocus_plots
+
+    pictures = refocus_plots(found)
+    _write_files(folder, found.to_json(), pictures, refocus_page(found, pictures, examples))
+
+
+def _write_files(
+    folder: Path, document: dict[str, Any], pictures: dict[str, bytes], page: str
+) -> None:
     try:
         folder.mkdir(exist_ok=True)
-        document = json.dumps(found.to_json(), indent=1, ensure_ascii=False)
-        (folder / "evaluation.json").write_text(document + "\n", encoding="utf-8")
-        pictures = plots(found)
+        text = json.dumps(document, indent=1, ensure_ascii=False)
+        (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         for name, data in pictures.items():
             (folder / f"{name}.png").write_bytes(data)
-        text = report_page(found, pictures, stacks)
-        (folder / "report.html").write_text(text, encoding="utf-8")
+        (folder / "report.html").write_text(page, encoding="utf-8")
     except OSError as e:
         raise HardwareError(f"{folder}: cannot be written ({e.strerror})") from e

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mm_autofocus.models.card import ModelCard
+    from mm_autofocus.models.refocus import RefocusModel
     from mm_autofocus.models.runtime import FocusModel, Prediction
     from mm_autofocus.types import Image
 
-__all__ = ["app", "check_model", "list_models"]
+__all__ = ["app", "check_model", "check_refocus_model", "list_models"]
 
-app = typer.Typer(help="Models of learned focus: list, show, check.")
+app = typer.Typer(help="Models of learned focus and of refocus: list, show, check.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Name = Annotated[str, typer.Argument(help="A name, the path of an ONNX file, module:object.")]
@@ -31,6 +32,8 @@ CardFile = Annotated[
 ]
 
 _ROUNDS = 5
+_TILE_PX = 512
+_MOST_SEAM = 1.5 / 255  # a grey value of 8 bits, by rounding
 
 
 @app.callback(invoke_without_command=True)
@@ -55,17 +58,21 @@ def _list(json_: Json = False) -> None:
         console.print("no models are installed; a path to an ONNX file works, too")
         return
     table = Table()
-    for heading in ("name", "from", "looks at µm", "frames", "µm per pixel", "NA", "range µm"):
+    heads = ("name", "from", "task", "looks at µm", "frames", "µm per pixel", "NA", "range µm")
+    for heading in heads:
         table.add_column(heading, no_wrap=True)
     for row in rows:
         if "error" in row:
-            table.add_row(row["name"], row["source"], row["error"], style="red")
+            table.add_row(row["name"], row["source"], "–", row["error"], style="red")
             continue
         low, high = row["z_range_um"]
         table.add_row(
             row["name"],
             row["source"],
-            _offsets(row["looks_um"]),
+            row["task"],
+            _offsets(row["looks_um"])
+            if row["delta_um"] is None
+            else "ΔD {:g} … {:g}".format(*row["delta_um"]),
             _colour(row["channels"]),
             _known(row["pixel_size_um"]),
             _known(row["na"]),
@@ -78,9 +85,9 @@ def _list(json_: Json = False) -> None:
 def _show(name: Name, card: CardFile = None, json_: Json = False) -> None:
     """Show the card of a model."""
     from mm_autofocus.console import make_console
-    from mm_autofocus.models.importing import load_model
+    from mm_autofocus.models.importing import load_any
 
-    model = load_model(name, card=card)
+    model = load_any(name, card=card)
     data = json.loads(model.card.to_json())
     if json_:
         _print_json(data | {"size_bytes": _size(model)})
@@ -94,7 +101,7 @@ def _check(
     card: CardFile = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="A frame, TIFF; one per look of the model (repeatable)."),
+        typer.Option(help="A frame, TIFF; one per look or shot, lower first (repeatable)."),
     ] = None,
     max_value: Annotated[
         float | None, typer.Option(help="Grey value at which the camera saturates.")
@@ -107,20 +114,24 @@ def _check(
 ) -> None:
     """Load a model, verify its file, let it look, and time it."""
     from mm_autofocus.console import make_console
-    from mm_autofocus.models.importing import load_model
+    from mm_autofocus.models.importing import load_any
+    from mm_autofocus.models.refocus import RefocusModel
 
-    model = load_model(name, card=card, providers=provider)
+    model = load_any(name, card=card, providers=provider)
     frames = [_read_frame(path) for path in image or ()]
-    found = check_model(model, frames or None, max_value=max_value, pixel_size_um=pixel_size_um)
+    check: Any = check_refocus_model if isinstance(model, RefocusModel) else check_model
+    found = check(model, frames or None, max_value=max_value, pixel_size_um=pixel_size_um)
     if json_:
         _print_json(found)
     else:
         console = make_console()
         y, x = found["frame"]
+        what = f"{found['patches']} patches of " if "patches" in found else ""
+        rate = found.get("megapixels_per_s")
         console.print(
             f"{found['name']}: {'ok' if found['ok'] else 'not ok'}, "
-            f"{found['milliseconds']:.0f} ms for {found['patches']} patches of a frame of "
-            f"{x} × {y} pixels",
+            f"{found['milliseconds']:.0f} ms for {what}a frame of {x} × {y} pixels"
+            + ("" if rate is None else f", {rate:.2f} megapixels/s"),
             highlight=False,
         )
         if (defocus := found.get("defocus_um")) is not None:
@@ -132,7 +143,7 @@ def _check(
 
 def list_models() -> list[dict[str, Any]]:
     """The shipped and installed models; with ``error`` where one cannot be loaded."""
-    from mm_autofocus.models.importing import load_model, model_names, shipped_models
+    from mm_autofocus.models.importing import load_any, model_names, shipped_models
 
     shipped = shipped_models()
     rows = []
@@ -142,13 +153,14 @@ def list_models() -> list[dict[str, Any]]:
             "source": "shipped" if name in shipped else "plug-in",
         }
         try:
-            model = load_model(name)
+            model = load_any(name)
         except Exception as e:  # noqa: BLE001 -- a plug-in may raise anything; the others count
             rows.append(row | {"error": str(e).splitlines()[0] if str(e) else repr(e)})
             continue
-        keys = ["architecture", "looks_um", "channels", "patch_px", "pixel_size_um"]
+        keys = ["architecture", "task", "looks_um", "channels", "patch_px", "pixel_size_um"]
         keys += ["na", "magnification", "z_range_um", "sha256"]
         card = json.loads(model.card.to_json())
+        row["delta_um"] = None if card["shots"] is None else card["shots"]["half_um"]
         rows.append(row | {k: card[k] for k in keys} | {"size_bytes": _size(model)})
     return rows
 
@@ -233,6 +245,109 @@ def check_model(
     return found
 
 
+def check_refocus_model(
+    model: RefocusModel,
+    shots: Sequence[Image] | None = None,
+    *,
+    max_value: float | None = None,
+    pixel_size_um: float | None = None,
+) -> dict[str, Any]:
+    """Let a model recover a tile of texture or, if given, two shots; and time it.
+
+    Parameters
+    ----------
+    model : RefocusModel
+        Loaded; so its file is what its card says.
+    shots : sequence of numpy.ndarray, optional
+        The lower and the upper one.
+    max_value, pixel_size_um
+        Of these shots.
+
+    Returns
+    -------
+    dict
+        As of `check_model`, with ``megapixels_per_s``, ``seam`` (by how much of the range
+        what is recovered in tiles differs from what is at once), and with shots ``sharper``,
+        ``focus_um``, ``ood`` and ``reasons``.
+
+    Raises
+    ------
+    InputError
+        The shots are not what the model takes, or it cannot be run.
+    """
+    import cv2
+    import numpy as np
+
+    card = model.card
+    rng = np.random.default_rng(0)
+    edge = _TILE_PX
+    coarse = rng.integers(20, 236, (edge // 4, edge // 4, card.channels), dtype=np.uint8)
+    sharp = np.kron(coarse.astype(np.uint8), np.ones((4, 4, 1), np.uint8))
+    sharp = sharp[..., 0] if card.channels == 1 else sharp
+    blur: Any = cv2.GaussianBlur
+    given: Sequence[Image] = shots or [blur(sharp, (0, 0), sigma) for sigma in (1, 2)]
+    if len(given) != 2:
+        raise InputError(
+            f"--image: model {card.name!r} takes two shots, the lower first, not {len(given)}"
+        )
+    problems, notes = [], []
+    if not card.sealed:
+        notes.append("its card states no checksum: a damaged file would not be noticed")
+    if card.ood is None:
+        notes.append("its card does not say what the training's frames look like")
+    if model.shots.toward is None:
+        notes.append("it does not tell whether the shots enclose the focus")
+    options: dict[str, Any] = {"max_value": max_value, "pixel_size_um": pixel_size_um}
+    model.warm(given[0].shape)
+    took = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        seen = model.recover(given[0], given[1], **options)
+        took.append(time.perf_counter() - start)
+    if any("no number" in reason for reason in seen.reasons):
+        problems.append("; ".join(seen.reasons))
+    seam = _seam(model, given, options)
+    if seam > _MOST_SEAM:
+        problems.append(
+            f"in tiles it recovers another image than at once, by {100 * seam:.1f} % of the "
+            f"range: shots.halo_px {model.shots.halo_px} is too small for this net"
+        )
+    seconds = statistics.median(took)
+    found: dict[str, Any] = {
+        "name": card.name,
+        "ok": not problems,
+        "problems": problems,
+        "notes": notes,
+        "frame": list(given[0].shape[:2]),
+        "milliseconds": 1e3 * seconds,
+        "megapixels_per_s": given[0].shape[0] * given[0].shape[1] / 1e6 / seconds,
+        "seam": seam,
+    }
+    if shots:
+        found |= {
+            "sharper": ("lower", "upper")[seen.sharper],
+            "focus_um": seen.focus_um,
+            "ood": seen.ood,
+            "reasons": list(seen.reasons),
+        }
+        notes += seen.reasons
+    return found
+
+
+def _seam(model: RefocusModel, shots: Sequence[Image], options: dict[str, Any]) -> float:
+    """Largest difference between a frame in tiles and at once, as a part of the range."""
+    import numpy as np
+
+    from mm_autofocus.models.frames import saturation
+
+    edge = max(shots[0].shape[:2])
+    whole, parts = (
+        model.recover(shots[0], shots[1], tile_px=tile, **options).image.astype(np.float64)
+        for tile in (edge, max(edge // 3, model.shots.multiple))
+    )
+    return float(np.abs(whole - parts).max()) / saturation(shots[0], options["max_value"])
+
+
 def _answer(seen: Prediction) -> dict[str, Any]:
     return {
         "defocus_um": seen.defocus_um,
@@ -274,10 +389,14 @@ def _card_table(card: ModelCard, size: int | None) -> Any:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     low, high = card.z_range_um
+    looks = f"{card.n_looks}, at {_offsets(card.looks_um)} µm"
+    if card.shots is not None:
+        looks = "2 shots, ΔD {:g} … {:g} µm".format(*card.shots.half_um)
     scaled = ", others are scaled to it" if card.may_rescale else ""
     rows = {
         "architecture": card.architecture or "–",
-        "looks": f"{card.n_looks}, at {_offsets(card.looks_um)} µm",
+        "task": card.task,
+        "looks": looks,
         "frames": _colour(card.channels)
         + (f", {' or '.join(map(str, card.bit_depths))} bits" if card.bit_depths else ""),
         "patches": f"{card.patch_px} × {card.patch_px} pixels"
@@ -300,9 +419,12 @@ def _card_table(card: ModelCard, size: int | None) -> Any:
     return table
 
 
-def _size(model: FocusModel) -> int | None:
+def _size(model: FocusModel | RefocusModel) -> int | None:
+    from mm_autofocus.models.refocus import RefocusModel
     from mm_autofocus.models.runtime import OnnxModel
 
+    if isinstance(model, RefocusModel):
+        return model.size
     return model.net.size if isinstance(model, OnnxModel) else None
 
 

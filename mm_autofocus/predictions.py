@@ -1,4 +1,4 @@
-"""What the records of a run say of its models: predictions, their proof, and the shadow.
+"""What records say beside their focus: models, their proof, the shadow, and two shots.
 
 Works on the records of a run as well as on those read from a file.
 """
@@ -21,10 +21,12 @@ _WORST = 5
 
 
 def cells(record: Record) -> dict[str, Any]:
-    """What a table shows of one record's model, by the keys that `columns` names."""
+    """What a table shows of one record's details, by the keys that `columns` names."""
     details = record.get("details") or {}
     told: dict[str, Any] = next(iter(details.get("predictions") or ()), {})
     shadow = details.get("shadow") or {}
+    shots = details.get("two_shot") or {}
+    sharper = shots.get("sharper")
     found = {
         "predicted_um": told.get("defocus_um"),
         "patches": told.get("content"),
@@ -32,6 +34,8 @@ def cells(record: Record) -> dict[str, Any]:
         "proof": None,
         "shadow_um": shadow.get("disagreement_um"),
         "shadow_status": shadow.get("status"),
+        "age_tiles": shots.get("age_tiles"),
+        "sharper": None if sharper is None else ("lower", "upper")[sharper],
     }
     if (verified := record.get("verified")) is not None:
         again = record.get("corrections") or 0
@@ -49,12 +53,14 @@ def columns(records: Iterable[Record]) -> list[tuple[str, str]]:
         ("verified", "proof"),
         ("shadow Δ", "shadow_um"),
         ("shadow", "shadow_status"),
+        ("F, tiles ago", "age_tiles"),
+        ("sharper", "sharper"),
     )
     return [(head, key) for head, key in named if any(row[key] is not None for row in rows)]
 
 
 def facts(records: Sequence[Record]) -> list[str]:
-    """One sentence per model: how often it was asked, and what the frames said of it."""
+    """One sentence per model, and one on two shots: how often asked, what the frames said."""
     by_model: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         details = record.get("details") or {}
@@ -74,7 +80,20 @@ def facts(records: Sequence[Record]) -> list[str]:
             clauses.append(f"{good} of {len(judged)} verified by their frame")
             clauses.append(f"{again} frames taken again")
         lines.append(f"model {model} ({sha256}): {', '.join(clauses)}")
-    return lines
+    return [*lines, *_two_shot_facts(records)]
+
+
+def _two_shot_facts(records: Sequence[Record]) -> list[str]:
+    told = [t for r in records if (t := (r.get("details") or {}).get("two_shot"))]
+    if not told:
+        return []
+    found = sum(t["age_tiles"] == 0 for t in told)
+    sharper = [t["sharper"] for t in told]
+    return [
+        f"two shots at F ± {told[0]['delta_um']:g} µm: {len(told)} tiles, F found at {found} "
+        f"of them; the lower shot is the sharper one at {sharper.count(0)}, the upper one at "
+        f"{sharper.count(1)}"
+    ]
 
 
 @dataclass(frozen=True, slots=True)

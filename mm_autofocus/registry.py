@@ -101,6 +101,7 @@ STRATEGIES = Registry(
         "brent": f"{_S}.brent:Brent",
         "one-shot": f"{_S}.one_shot:OneShot",
         "two-look": f"{_S}.two_look:TwoLook",
+        "two-shot": f"{_S}.two_shot:TwoShot",
         "hardware": f"{_S}.hardware:Hardware",
     },
 )

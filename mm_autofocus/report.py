@@ -12,11 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_autofocus.console import COLUMNS, number, print_tiles
+from mm_autofocus.console import COLUMNS, Column, number, print_tiles
 from mm_autofocus.errors import HardwareError, InputError
 from mm_autofocus.hooks.thumbnail import detail_at, thumbnail_png
 from mm_autofocus.ometiff import FileRecord, FocusRecord, read_plane, read_record
-from mm_autofocus.page import page, plot, section
+from mm_autofocus.ometiff.frames import finite
+from mm_autofocus.page import page, plot, section, table
 from mm_autofocus.predictions import cells, columns, facts, shadow_of
 from mm_autofocus.report_plots import colour, curves, focus_map, title_of, ways
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["inspect_json", "print_record", "to_distrust", "write_report"]
+__all__ = ["inspect_json", "print_flagged", "print_record", "to_distrust", "write_report"]
 
 # Pictures and curves of more tiles than this make a page that no browser likes.
 _MOST_PICTURES = 30
@@ -68,6 +69,9 @@ def inspect_json(record: FileRecord) -> dict[str, Any]:
             for focus in record.focus
         ],
         "shadow": None if shadow is None else shadow.to_json(),
+        "refocus": None
+        if record.derived is None
+        else {**record.derived, "tiles": [asdict(r) for r in record.recoveries]},
         "settings": record.settings,
         "plan": record.plan,
         "versions": record.versions,
@@ -96,6 +100,9 @@ def print_record(record: FileRecord, console: Console) -> None:
             gaps[reason] = gaps.get(reason, 0) + count
     if gaps:
         line("no data in " + ", ".join(f"{n} planes ({why})" for why, n in gaps.items()))
+    if record.derived is not None:
+        line(_derivation(record))
+        print_flagged(_recovered_rows(record), console)
     if not record.focus:
         line("no autofocus was done in this run")
         return
@@ -107,12 +114,82 @@ def print_record(record: FileRecord, console: Console) -> None:
     print_tiles(rows, console, [*COLUMNS, *columns(rows)])
 
 
+_RECOVERED: tuple[Column, ...] = (
+    ("tile", "position"),
+    ("sharper", "sharper"),
+    ("focus", "focus_um"),
+    ("± µm", "focus_sd_um"),
+    ("ood", "ood"),
+    ("kept", "kept"),
+    ("status", "status"),
+)
+
+
+def print_flagged(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print how many recovered tiles are not to be trusted, and a table of them."""
+    flagged = [row for row in rows if row["status"] != "ok"]
+    kept = sum(row["kept"] != "recovered" for row in flagged)
+    raw = f", {kept} of them kept as the sharper shot" if kept else ""
+    text = f"{len(flagged)} of {len(rows)} recovered tiles to distrust{raw}"
+    console.print(text, highlight=False, soft_wrap=True)
+    if flagged:
+        named = [{**row, "reason": "; ".join(row["reasons"])} for row in flagged]
+        print_tiles(named, console, _RECOVERED)
+
+
+def _derivation(record: FileRecord) -> str:
+    """From what a computed file comes, as a sentence."""
+    told = record.derived or {}
+    delta = finite(told.get("delta_um"))
+    sha256 = str(told.get("model_sha256", ""))[:12]
+    clauses = [f"derived from {told.get('source')} by model {told.get('model')} ({sha256})"]
+    if delta is not None:
+        clauses.append(f"ΔD {delta:.2f} µm")
+    if told.get("raw_if_unsure"):
+        clauses.append("the sharper shot is kept where the result is doubtful")
+    return ", ".join(clauses)
+
+
+def _recovered_rows(record: FileRecord) -> list[dict[str, Any]]:
+    several = len({(r.t, r.c) for r in record.recoveries}) > 1
+    return [
+        asdict(r)
+        | {"position": record.images[r.image].name + (f" t={r.t} c={r.c}" if several else "")}
+        for r in record.recoveries
+    ]
+
+
+def _recovered_section(record: FileRecord) -> str:
+    """The same on the page."""
+
+    def shown(rows: Iterable[dict[str, Any]]) -> str:
+        heads = [*(head for head, _ in _RECOVERED), "why"]
+        return table(
+            heads,
+            [
+                [*(number(row[key]) for _, key in _RECOVERED), "; ".join(row["reasons"])]
+                for row in rows
+            ],
+            text=2,
+        )
+
+    rows = _recovered_rows(record)
+    flagged = [row for row in rows if row["status"] != "ok"]
+    said = [_derivation(record), f"{len(flagged)} of {len(rows)} recovered tiles to distrust."]
+    body = _paragraphs(said)
+    if flagged:
+        body += shown(flagged)
+    every = f"<details><summary>all tiles</summary>{shown(rows)}</details>"
+    return section("Recovered from two shots", body + every)
+
+
 def write_report(
     file: Path,
     output: Path,
     *,
     overwrite: bool = False,
     truth: dict[str, dict[str, Any]] | None = None,
+    more: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Write an HTML report on one file; self-contained, without scripts.
 
@@ -127,6 +204,8 @@ def write_report(
     truth : dict, optional
         Name of the position → what is known of it beside the record (demo only): keys
         ``focus_um`` and anything printable.
+    more : sequence of (str, str), optional
+        Further sections, title and HTML, before all searches.
 
     Raises
     ------
@@ -140,7 +219,7 @@ def write_report(
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
     record = read_record(file)
-    text = _page(record, truth or {})
+    text = _page(record, truth or {}, more)
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as e:
@@ -150,7 +229,11 @@ def write_report(
 # -------------------------------------------------------------------------- page
 
 
-def _page(record: FileRecord, truth: dict[str, dict[str, Any]]) -> str:
+def _page(
+    record: FileRecord,
+    truth: dict[str, dict[str, Any]],
+    more: Sequence[tuple[str, str]] = (),
+) -> str:
     doubtful = to_distrust(record)
     sections = [
         _head(record),
@@ -159,11 +242,14 @@ def _page(record: FileRecord, truth: dict[str, dict[str, Any]]) -> str:
             _table(doubtful, truth) if doubtful else '<p class="none">None.</p>',
         ),
     ]
+    if record.derived is not None:
+        sections.append(_recovered_section(record))
     if told := facts([_row(focus) for focus in record.focus]):
         sections.append(section("Models", _paragraphs(told)))
     if (shadow := shadow_of(record)) is not None:
         said = _paragraphs([shadow.sentence().removeprefix("shadow: ")])
         sections.append(section("Shadow", said + plot(ways(record.focus, shadow.dof_um))))
+    sections += [section(title, body) for title, body in more]
     if record.focus:
         sections += [
             section("Focus map", plot(focus_map(record.focus, truth))),

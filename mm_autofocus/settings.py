@@ -260,13 +260,19 @@ class AutofocusSettings(_Strict):
             )
         if self.crop and self.roi is None:
             raise ValueError("crop: true needs roi: [x, y, width, height]")
-        if any(step.strategy == "hardware" for step in self.escalate):
-            raise ValueError(
-                "escalate: 'hardware' can only come first; set it as the strategy and "
-                "let a software strategy follow"
-            )
+        for step in self.escalate:
+            if step.strategy in ("hardware", "two-shot"):
+                raise ValueError(
+                    f"escalate: {step.strategy!r} can only come first; set it as the strategy "
+                    "and let a software strategy follow"
+                )
         self.optics()  # na against refractive_index
         return self
+
+    @property
+    def search(self) -> str:
+        """Name of the strategy that searches: this one, unless it leaves that to another."""
+        return self.strategy
 
     def optics(self, pixel_size_um: float | None = None) -> Optics:
         """The optics, with the pixel size (µm in the specimen) if the caller knows it."""
@@ -315,6 +321,8 @@ def parse_settings(
         first = e.errors()[0]
         raise _error(_sentence(model, first, where), _path(first)) from None
     # what a later step would refuse is refused now
+    if settings.search != settings.strategy:
+        settings_for(settings.search, settings, where=where)
     for step in settings.escalate:
         settings_for(step.strategy, settings, model=step.model, where=where)
     if (shadow := settings.shadow) is not None:

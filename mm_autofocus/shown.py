@@ -11,6 +11,7 @@ from typing import Any
 from mm_autofocus.api import RunResult
 from mm_autofocus.api import run as run_plan
 from mm_autofocus.console import COLUMNS, RunDisplay, make_console, print_tiles
+from mm_autofocus.hooks.shot_plan import with_planes
 from mm_autofocus.plan import fresh
 from mm_autofocus.predictions import cells, columns, facts, summary
 
@@ -38,6 +39,7 @@ def run_shown(
         Let the host's log messages through.
     """
     console = make_console(stderr=as_json)
+    sequence = with_planes(sequence, core)
     total = sum(1 for e in fresh(sequence) if e.action.type == "acquire_image")
     with quiet_host(debug), RunDisplay(console, total, quiet=as_json) as display:
 
@@ -47,7 +49,12 @@ def run_shown(
         core.mda.events.frameReady.connect(on_frame)
         try:
             result = run_plan(
-                sequence, core=core, output=output, on_engine=display.connect, **options
+                sequence,
+                core=core,
+                output=output,
+                on_engine=display.connect,
+                on_refocus=display.recovered,
+                **options,
             )
         finally:
             core.mda.events.frameReady.disconnect(on_frame)
@@ -75,6 +82,12 @@ def _summary(result: RunResult) -> str:
     if result.cancelled:
         lines.append("cancelled; what was taken before is in the file")
     lines += [f"data: {path}" for path in result.output]
+    if result.refocus is not None and result.refocus["output"]:
+        told = result.refocus
+        lines.append(
+            f"{told['pairs']} tiles recovered, {told['flagged']} of them to distrust: "
+            f"{told['output']}"
+        )
     return "\n".join(lines)
 
 

@@ -62,6 +62,8 @@ class FocusSurface:
         self._points: dict[Hashable, tuple[float, float, float]] = {}
         # one history per way of predicting: staying at a place errs less than moving on
         self._residuals: dict[str, deque[float]] = {}
+        # how far the nearest tile was from those that were predicted
+        self._reached: deque[float] = deque(maxlen=_HISTORY)
 
     def __len__(self) -> int:
         return len(self._points)
@@ -93,10 +95,25 @@ class FocusSurface:
             source, predicted = self._estimate(key, x_um, y_um)
             residual = z_um - predicted
             self._residuals.setdefault(source, deque(maxlen=_HISTORY)).append(residual)
+            if key not in self._points:
+                self._reached.append(self._nearest_um(x_um, y_um))
         # The tile focused last stands last, which is what `last` goes by.
         self._points.pop(key, None)
         self._points[key] = (x_um, y_um, z_um)
         return residual
+
+    def sd_at(self, x_um: float, y_um: float) -> float:
+        """How sure a prediction at a place is: a standard deviation in µm.
+
+        That of the predictions that could be checked; larger in proportion where the nearest
+        tile is farther away than it was from those.
+        """
+        sd = self._sd("surface")
+        if not self._points or not self._reached:
+            return self.sd_um
+        checked = float(np.median(self._reached))
+        far = self._nearest_um(x_um, y_um)
+        return sd if far <= checked else sd * far / max(checked, 1e-9)
 
     def move(self, key: Hashable, z_um: float) -> None:
         """Replace the z (µm) of a tile that was found again, nearer to the truth."""
@@ -116,6 +133,10 @@ class FocusSurface:
         if len(history) < 3:
             return self.sd_um
         return max(self.floor_um, _MAD_TO_SD * float(np.median(np.abs(history))))
+
+    def _nearest_um(self, x_um: float, y_um: float) -> float:
+        points = np.array(list(self._points.values()))
+        return float(np.hypot(points[:, 0] - x_um, points[:, 1] - y_um).min())
 
     def _estimate(self, key: Hashable, x_um: float, y_um: float) -> tuple[str, float]:
         if key in self._points and (self.mode == "last" or len(self._points) < 4):

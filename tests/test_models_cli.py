@@ -16,6 +16,7 @@ from mm_autofocus.models.sealing import seal
 from mm_autofocus.registry import MODELS
 
 from tiny_nets import checkered, make_card, make_net
+from tiny_refocus import make_refocus, refocus_card, two_shots
 
 CARD = {
     "channels": 3,
@@ -62,6 +63,34 @@ def test_list(call, weights, args):
     assert row["name"] == "slide20x"
     assert row["looks_um"] == [0, 4]
     assert row["size_bytes"] == (weights / "slide20x.onnx").stat().st_size
+
+
+def test_list_tells_the_task(call, weights):
+    make_refocus(weights / "sharp20x.onnx", card=refocus_card(name="sharp20x"))
+    code, out, _ = call("list", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["models"]}
+    assert code == 0
+    assert (rows["sharp20x"]["task"], rows["sharp20x"]["delta_um"]) == ("refocus", [1, 2])
+    assert (rows["slide20x"]["task"], rows["slide20x"]["delta_um"]) == ("defocus", None)
+    out = call("list")[1]
+    assert "refocus" in out
+    assert "ΔD 1 … 2" in out
+
+
+def test_check_two_shots(call, tmp_path):
+    net = make_refocus(tmp_path / "net.onnx")
+    lower, upper = two_shots(0)
+    tifffile.imwrite(tmp_path / "lower.tif", lower)
+    tifffile.imwrite(tmp_path / "upper.tif", upper)
+    images = ["--image", tmp_path / "lower.tif", "--image", tmp_path / "upper.tif"]
+    code, out, _ = call("check", net, *images, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["frame"] == [72, 100]
+    assert found["sharper"] == "lower"
+    code, _, err = call("check", net, *images[:2])
+    assert code == 2
+    assert "takes two shots" in err
 
 
 def test_list_names_what_cannot_be_loaded_and_goes_on(call, weights, monkeypatch):

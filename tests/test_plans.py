@@ -28,6 +28,7 @@ EXPECTED = {
     "slide_grid.yaml": (9, 9, (1, 1, 1)),
     "reference_channel.yaml": (4, 2, (1, 2, 1)),
     "collect_stacks.yaml": (63, 3, (1, 1, 21)),
+    "two_shot.yaml": (18, 9, (1, 1, 2)),
 }
 # plan: the model it names, the model's looks, looks of each search
 LEARNED = {

@@ -74,9 +74,10 @@ def test_a_net_answers_and_learns(name, channels) -> None:
         "shots": shots,
         "truth": torch.rand(2, channels, 48, 64),
         "side": torch.tensor([1.0, -1.0]),
+        "half_um": torch.tensor([1.0, 2.0]),
         "toward_um": torch.tensor([0.5, -1.0]),
     }
-    out = net(shots[:, : net.shots * channels], batch["side"])
+    out = net(shots[:, : net.shots * channels], batch["side"], batch["half_um"])
     assert out.image.shape == (2, channels, 48, 64)
     assert out.toward.shape == out.log_sd.shape == (2, 6, 8)
     for loss in ("mse", "charbonnier"):
@@ -92,15 +93,15 @@ def test_untrained_it_returns_the_sharper_shot(name) -> None:
     context = NetContext(channels=1, half_um=(0.5, 3.0))
     net = build_net(name, context, SMALL[name])
     shots = torch.rand(1, 2, 32, 32)
-    image = net(shots[:, : net.shots], torch.ones(1)).image
+    image = net(shots[:, : net.shots], torch.ones(1), torch.ones(1)).image
     assert torch.equal(image, shots[:, :1])
 
 
 def test_the_published_net_has_27_convolutions() -> None:
     net = small("tsva")
     kinds = [(name, m) for name, m in net.named_modules() if isinstance(m, torch.nn.Conv2d)]
-    drawn = sum(2 if name.startswith("down.") else 1 for name, _ in kinds)
-    assert drawn - 1 == 27  # both paths are drawn; the distance to focus is ours
+    own = [name for name, _ in kinds if not name.startswith("toward.")]  # that one is ours
+    assert sum(2 if name.startswith("down.") else 1 for name in own) == 27  # both are drawn
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -108,7 +109,7 @@ def test_a_pixel_sees_no_farther_than_the_halo(name) -> None:
     net = small(name).eval()
     edge = 2 * net.halo_px + 48
     shots = torch.rand(1, 3 * net.shots, edge, edge, requires_grad=True)
-    out = net(shots, torch.ones(1))
+    out = net(shots, torch.ones(1), torch.ones(1))
     middle = net.halo_px // 8 * 8
     seen = 0
     for y in range(middle + 16, middle + 24):
@@ -128,7 +129,7 @@ def test_only_one_net_is_told_which_shot_is_lower() -> None:
     for name, differs in (("tsva", False), ("unet", False), ("nafnet", True)):
         net = small(name).eval()
         given = shots[:, : 3 * net.shots]
-        one, other = (net(given, torch.tensor([s])).image for s in (1.0, -1.0))
+        one, other = (net(given, torch.tensor([s]), torch.ones(1)).image for s in (1.0, -1.0))
         assert torch.equal(one, other) != differs
 
 

@@ -294,6 +294,14 @@ def test_the_same_frame_has_the_same_noise_and_the_next_frame_another():
     assert not np.array_equal(one, expose(CLEAN, light, bit_depth=8, frame=1))
 
 
+def test_without_noise_a_frame_is_the_mean_of_many():
+    light = np.linspace(0.2, 1.0, 64 * 64).reshape(64, 64)
+    clean = expose(CameraSettings(), light, frame=None).astype(float)
+    noisy = [expose(CameraSettings(), light, frame=k) for k in range(100)]
+    assert np.abs(np.mean(noisy, 0) - clean).mean() < 0.1 * np.std(noisy, 0).mean()
+    assert np.array_equal(clean, expose(CameraSettings(camera_seed=1), light, frame=None))
+
+
 def test_dust_and_shading_stay_on_the_sensor_and_bits_clip():
     settings = CameraSettings(dust=30, vignetting=0.2, full_well_e=1e6)
     light = np.ones((128, 128))

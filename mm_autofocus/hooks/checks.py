@@ -8,8 +8,10 @@ import numpy as np
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.hooks.rig import CoreRig, channel_group, full_scale
+from mm_autofocus.hooks.shot_plan import check_shots
 from mm_autofocus.plan import autofocus_plans, z_offsets_um
 from mm_autofocus.registry import suggest
+from mm_autofocus.strategies.two_shot import TwoShotSettings
 from mm_autofocus.types import FrameFormat, Prepares
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ __all__ = [
     "check_devices",
     "check_looks",
     "check_plan",
+    "frame_format",
     "prepare_strategy",
     "stage_limits_um",
 ]
@@ -74,9 +77,10 @@ def check_looks(core: Any, settings: AutofocusSettings) -> None:
                 f"metadata.mm_autofocus.roi: {list(settings.roi)} is outside the image of "
                 f"{full_width} × {full_height} pixels"
             )
-    if settings.strategy == "hardware" and not core.getAutoFocusDevice():
+    if settings.search == "hardware" and not core.getAutoFocusDevice():
+        key = "strategy" if settings.search == settings.strategy else "find"
         raise InputError(
-            "metadata.mm_autofocus.strategy: 'hardware' needs an autofocus device, and the "
+            f"metadata.mm_autofocus.{key}: 'hardware' needs an autofocus device, and the "
             "configuration has none (Core, AutoFocus is not set)"
         )
 
@@ -90,10 +94,10 @@ def prepare_strategy(core: Any, settings: AutofocusSettings, strategy: Strategy 
         It cannot work with this camera or these optics.
     """
     if strategy is not None and isinstance(strategy, Prepares):
-        strategy.prepare(_frame_format(core, settings))
+        strategy.prepare(frame_format(core, settings))
 
 
-def _frame_format(core: Any, settings: AutofocusSettings) -> FrameFormat:
+def frame_format(core: Any, settings: AutofocusSettings) -> FrameFormat:
     """What the looks will be like, as far as it is known before the first."""
     rig = CoreRig(core, settings)
     width, height = core.getImageWidth(), core.getImageHeight()
@@ -137,6 +141,10 @@ def check_plan(
     if settings is not None:
         check_looks(core, settings)
         _check_autofocus(core, sequence, settings)
+        if isinstance(settings, TwoShotSettings):
+            *_, width, height = core.getROI()
+            pixel_um = core.getPixelSizeUm() or 1.0
+            check_shots(sequence, settings, (width * pixel_um, height * pixel_um))
 
 
 def _check_autofocus(
@@ -185,7 +193,7 @@ def _check_offset_device(
     core: Any, plan: useq.AxesBasedAF, settings: AutofocusSettings
 ) -> None:
     name = plan.autofocus_device_name
-    if settings.strategy != "hardware" or not name or plan.autofocus_motor_offset is None:
+    if settings.search != "hardware" or not name or plan.autofocus_motor_offset is None:
         return
     if name not in core.getLoadedDevices():
         raise InputError(

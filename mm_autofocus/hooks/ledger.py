@@ -107,6 +107,10 @@ class Ledger:
             return False
         return place.index.get("t", 0) % self.settings.every == 0
 
+    def visited(self, place: Place) -> bool:
+        """Whether a focus, or what it stands on, was entered for this visit."""
+        return place.visit in self._visited
+
     def skipped(self, place: Place) -> bool:
         """Whether frames of this visit are to be left out (``on_failure: skip``)."""
         return place.visit in self._skipped
@@ -229,6 +233,7 @@ class Ledger:
         z_after_um: float,
         now_s: float,
         thumbnail: dict[str, Any] | None = None,
+        stands_since_s: float | None = None,
     ) -> dict[str, Any]:
         """Write down one search, and what it means for later frames.
 
@@ -245,6 +250,9 @@ class Ledger:
         thumbnail : dict, optional
             ``thumbnail`` (base64 PNG of a part of the first look) and ``thumbnail_xy``
             (where the part begins).
+        stands_since_s : float, optional
+            When the focus was found that this place stands on without one of its own; in s
+            since the run began.
 
         Returns
         -------
@@ -254,7 +262,8 @@ class Ledger:
         residual: float | None = None
         self._visited.add(place.visit)
         dz_um = z_after_um - self.home_um(place)
-        if result.found:
+        own = result.found and stands_since_s is None
+        if own:
             residual = self.surface.add(place.key, place.x_um, place.y_um, dz_um)
         record: dict[str, Any] = {
             "focus_id": len(self.records),
@@ -280,8 +289,10 @@ class Ledger:
         }
         self.records.append(record)
         before = self._foci.get(place.key)
-        if result.found:
+        if own:
             focus = _Focus(dz_um, record, now_s)
+        elif stands_since_s is not None:
+            focus = _Focus(dz_um, record, stands_since_s)
         elif before is not None and before.found_at_s is not None:
             # go back to the best known z of this position
             focus = _Focus(before.dz_um, record, before.found_at_s)
@@ -289,6 +300,10 @@ class Ledger:
             focus = _Focus(dz_um, record, None)
         self._foci[place.key] = self._foci["any", place.key[0]] = focus
         return record
+
+    def record_of(self, place: Place) -> dict[str, Any]:
+        """The record of the last focus of a place."""
+        return self._foci[place.key].record
 
     def revise(self, place: Place, *, shift_um: float = 0.0, **changes: Any) -> None:
         """Correct the last focus of a place by what its frame has shown.
@@ -303,7 +318,8 @@ class Ledger:
             Of its record.
         """
         focus = self._foci[place.key]
-        focus.record.update(changes)
+        # a frame that is saved already has it as it was: its file is told that it changed
+        focus.record.update(changes, revised=focus.record.get("revised", 0) + 1)
         if not shift_um:
             return
         focus.dz_um += shift_um

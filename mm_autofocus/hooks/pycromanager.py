@@ -110,6 +110,11 @@ class AutofocusHook:
                 "autofocus_hook: shadow: beside 'hardware' a model would see the saved frame, "
                 "and a hook comes before it; use the engine of pymmcore-plus"
             )
+        if settings.strategy == "two-shot":
+            raise InputError(
+                "autofocus_hook: strategy: 'two-shot' says in which order a tile is exposed, "
+                "and a hook is shown one exposure at a time; use the engine of pymmcore-plus"
+            )
         self.settings = settings
         self.axes = tuple(axes)
         self.z_offsets_um = None if z_offsets_um is None else tuple(z_offsets_um)

@@ -30,6 +30,7 @@ from mm_autofocus.hooks.running import (
     is_image,
     parts_of,
 )
+from mm_autofocus.hooks.shot_plan import in_turn, with_planes
 from mm_autofocus.hooks.signals import FocusSignals
 from mm_autofocus.hooks.thumbnail import detail_at, thumbnail_png
 from mm_autofocus.hooks.verifying import Verification
@@ -107,6 +108,7 @@ class AutofocusEngine(MDAEngine):
         self.frames = self.missing = 0
         self.records = []
         settings = settings_of(sequence)
+        sequence = with_planes(sequence, self.mmcore)
         run = None if settings is None else Run.prepare(self.mmcore, sequence, settings)
         if run is not None:
             self.records = run.ledger.records
@@ -129,8 +131,11 @@ class AutofocusEngine(MDAEngine):
         if self._run is None:
             yield from super().event_iterator(events)
             return
+        run = self._run
         if isinstance(events, useq.MDASequence):
-            events = fresh(events)
+            events = fresh(run.sequence)  # which may have been given its planes
+        if run.shots is not None:
+            events = in_turn(events, run.settings.backlash_um)
 
         def corrected_alike(event: useq.MDAEvent) -> tuple[int | None, int | None]:
             return event.index.get("p"), event.index.get("g")
@@ -146,7 +151,7 @@ class AutofocusEngine(MDAEngine):
             return
         place = run.place(event)
         if isinstance(event.action, useq.HardwareAutofocus):
-            if run.ledger.due(place, again=run.refocus_within_visit):
+            if run.due(place):
                 request = run.ledger.request(place, self.mmcore.getPixelSizeUm())
                 self._set_up(event.model_copy(update={"z_pos": request.z_start_um}))
             return
@@ -167,13 +172,17 @@ class AutofocusEngine(MDAEngine):
         run = self._run
         assert run is not None
         way: list[float] = []
-        if event.z_pos is not None and not (
-            isinstance(event, SequencedEvent) and event.z_sequence
-        ):
+        limits, backlash_um = run.ledger.travel_um(), run.settings.backlash_um
+        if isinstance(event, SequencedEvent) and event.z_sequence:
+            # the first plane of a hardware sequence, too, is approached from that side
+            if backlash_um:
+                here = run.rig.position_um()
+                for z_um in way_to(event.z_sequence[0], here, backlash_um, limits):
+                    run.rig.move_to(z_um)
+        elif event.z_pos is not None:
             # The frame is approached from the side that its looks were approached from.
-            limits = run.ledger.travel_um()
             here = run.rig.position_um()
-            way = way_to(event.z_pos, here, run.settings.backlash_um, limits)
+            way = way_to(event.z_pos, here, backlash_um, limits)
             event = event.model_copy(update={"z_pos": way[0] if way else None})
         with complaints_of_host() as complaints:
             super().setup_event(event)
@@ -181,6 +190,8 @@ class AutofocusEngine(MDAEngine):
             raise HardwareError(complaints[0])
         for z_um in way[1:]:
             run.rig.move_to(z_um)
+        if len(way) == 1 and run.settings.settle_ms:  # the host's move does not settle
+            time.sleep(run.settings.settle_ms / 1000)
         if isinstance(event, SequencedEvent) and event.x_sequence:
             return
         for axis, planned, reached in (
@@ -198,8 +209,11 @@ class AutofocusEngine(MDAEngine):
         run = self._run
         if run is not None and isinstance(event.action, useq.HardwareAutofocus):
             place = run.place(event)
-            if run.ledger.due(place, again=run.refocus_within_visit):
+            if run.due(place):
                 self._focus(run, event, place)
+            elif run.shots is not None and not run.ledger.visited(place):
+                here_um = run.rig.position_um()
+                self.signals.finished.emit(run.shots.stand(place, here_um, run.now_s()))
             return ()
         check = run.verification(event) if run is not None and is_image(event) else None
         if run is not None and check is not None:
@@ -256,6 +270,8 @@ class AutofocusEngine(MDAEngine):
         if run is not None:
             extended: dict[str, Any] = meta  # type: ignore[assignment]
             place = run.place(event)
+            if run.shots is not None and (seen := run.shots.add(place, event, image)):
+                self.signals.verified.emit(seen)
             record = run.ledger.frame_record(place, run.now_s())
             if record is not None:
                 extended["mm_autofocus"] = record
@@ -377,7 +393,8 @@ class AutofocusEngine(MDAEngine):
         finally:
             # Presets were set behind the back of the engine's cache of the last one.
             core._last_config = ("", "")
-        record = run.ledger.enter(
+        enter = run.ledger.enter if run.shots is None else run.shots.enter
+        record = enter(
             place,
             result,
             z_before_um=z_before,
@@ -397,7 +414,7 @@ class AutofocusEngine(MDAEngine):
         on_look: Callable[[Look], None],
     ) -> FocusResult:
         spent: FocusResult | None = None
-        if run.settings.strategy == "hardware":
+        if run.settings.search == "hardware":
             assert isinstance(event.action, useq.HardwareAutofocus)
             ask = functools.partial(self._execute_autofocus, event.action)
             spent = run.rig.ask_hardware(request, ask)

@@ -16,9 +16,12 @@ from pymmcore_plus.core._sequencing import SequencedEvent
 from mm_autofocus.hooks.checks import check_plan, prepare_strategy, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.rig import CoreRig
+from mm_autofocus.hooks.shot_plan import delta_of
+from mm_autofocus.hooks.shots import Shots
 from mm_autofocus.hooks.verifying import Pending, Verification, Watching, why_not
 from mm_autofocus.plan import autofocus_plans, planned_home_um, position_of, z_offsets_um
 from mm_autofocus.strategies.escalate import build_strategy, build_watcher
+from mm_autofocus.strategies.two_shot import TwoShotSettings
 from mm_autofocus.types import FocusRequest, FocusResult, Strategy, Verifies
 
 if TYPE_CHECKING:
@@ -76,6 +79,8 @@ class Run:
         The shadow of the hardware's autofocus; that of a strategy is part of `strategy`.
     pending : dict
         Place → the focus there that no frame has proved yet.
+    shots : Shots | None
+        The books of a two-shot scan.
     """
 
     sequence: useq.MDASequence
@@ -88,6 +93,7 @@ class Run:
     started_s: float = field(default_factory=time.perf_counter)
     watcher: Learned | None = None
     pending: dict[Hashable, Pending] = field(default_factory=dict)
+    shots: Shots | None = None
 
     @classmethod
     def prepare(
@@ -121,7 +127,7 @@ class Run:
                 len(sequence.stage_positions),
             )
         strategy = build_strategy(settings)
-        watcher = build_watcher(settings) if settings.strategy == "hardware" else None
+        watcher = build_watcher(settings) if settings.search == "hardware" else None
         for each in (strategy, watcher):
             prepare_strategy(core, settings, each)
         run = cls(
@@ -132,8 +138,9 @@ class Run:
             ledger,
             refocus_within_visit=bool(axes & {"c", "z"}),
             watcher=watcher,
+            shots=_shots(sequence, settings, ledger),
         )
-        if settings.strategy != "hardware" and core.isContinuousFocusEnabled():
+        if settings.search != "hardware" and core.isContinuousFocusEnabled():
             logger.warning(
                 "continuous focus of %r is switched off during the run: it would fight the "
                 "software autofocus",
@@ -142,6 +149,12 @@ class Run:
             core.enableContinuousFocus(False)
             run.continuous_focus_was_on = True
         return run
+
+    def due(self, place: Place) -> bool:
+        """Whether a place is to be focused at an autofocus event of the plan."""
+        if self.shots is None:
+            return self.ledger.due(place, again=self.refocus_within_visit)
+        return not self.ledger.visited(place) and bool(self.shots.why_find(place))
 
     def now_s(self) -> float:
         """Time since the run began, in s."""
@@ -206,6 +219,24 @@ class Run:
             name += f" g{index['g']:03d}"
         home = planned_home_um(event, sequence)
         return Place(index, home, x_um or 0.0, y_um or 0.0, name)
+
+
+def _shots(
+    sequence: useq.MDASequence, settings: AutofocusSettings, ledger: Ledger
+) -> Shots | None:
+    """The books of a two-shot scan; None for every other strategy."""
+    if not isinstance(settings, TwoShotSettings):
+        return None
+    subs = [p.sequence for p in sequence.stage_positions if p.sequence is not None]
+    grid = any(owner.grid_plan is not None for owner in (sequence, *subs))
+    names = [channel.config for channel in sequence.channels]
+    return Shots(
+        settings,
+        ledger,
+        delta_of(sequence, settings),
+        by_position=(settings.region or ("position" if grid else "run")) == "position",
+        channel=names.index(settings.channel) if settings.channel in names else 0,
+    )
 
 
 @contextmanager

@@ -21,7 +21,8 @@ class FocusSignals(SignalGroup):
     finished : Signal(dict)
         The search has ended: its record (see `Ledger.enter`).
     verified : Signal(dict)
-        The first frame at that focus was judged: its record, as it is now.
+        The first frame at that focus, or both shots of a tile, were judged: its record, as it
+        is now.
     """
 
     started = Signal(dict, FocusRequest)

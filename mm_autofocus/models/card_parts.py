@@ -104,8 +104,9 @@ class Shots(Strict):
     """What a model takes that recovers the sharp image, and what it returns.
 
     The input ``shots (N, count · channels, H, W)`` float32 is the sharper shot (Brenner), and
-    behind it the other one; H and W are multiples of `multiple`. An input ``side (N,)``, which
-    the net need not have, is 1 where the sharper shot is the lower one, else -1.
+    behind it the other one; H and W are multiples of `multiple`. Two inputs the net need not
+    have: ``side (N,)`` is 1 where the sharper shot is the lower one, else -1; ``half_um (N,)``
+    is ΔD.
 
     Attributes
     ----------

@@ -35,7 +35,7 @@ __all__ = ["TILE_PX", "Recovery", "RefocusModel", "Tile", "tiles"]
 TILE_PX = 512
 """Edge of what is recovered in one run of the net; the halo comes on top."""
 
-_INPUT, _SIDE = "shots", "side"
+_INPUT, _SIDE, _HALF = "shots", "side", "half_um"
 _DTYPES = ("uint8", "uint16", "float32")
 _STRIP_PX = 256  # rows that are measured at once
 # What a stage makes of ΔD: a few nanometres do not matter.
@@ -153,8 +153,8 @@ class RefocusModel(OnnxFile):
             outputs,
             "output",
         )
-        self._side = _SIDE in inputs
-        if unknown := set(inputs) - {_INPUT, _SIDE}:
+        self._told = [name for name in (_SIDE, _HALF) if name in inputs]
+        if unknown := set(inputs) - {_INPUT, _SIDE, _HALF}:
             raise InputError(
                 f"{self.what}: the net has an input {min(unknown)!r} of which its card says "
                 "nothing"
@@ -270,6 +270,10 @@ class RefocusModel(OnnxFile):
         score, reasons = self._unlike(both, limit)
         if half_um is not None and (why := self.why_not_half(half_um)):
             reasons.append(why)
+        half = float(np.mean(self.shots.half_um)) if half_um is None else half_um
+        known = [np.array([v], np.float32) for v in (side, half)]
+        # a net that wants to know ΔD, and does not, has nothing to say of where focus is
+        silenced = half_um is None and _HALF in self._told
         image = np.empty_like(lower)
         told: list[tuple[Real, Real]] = []
         silent = False
@@ -282,13 +286,13 @@ class RefocusModel(OnnxFile):
             part = np.concatenate(
                 [_channels_first(s[window], limit) for s in both[: self.shots.count]]
             )
-            found, toward, sd = self.run(part[None], np.array([side], np.float32))
+            found, toward, sd = self.run(part[None], *known)
             kept = found[0][(slice(None), *tile.keep)]
             if np.isfinite(kept).all():
                 image[tile.at] = _as_frame(kept, limit, image.dtype)
             else:
                 image[tile.at], silent = both[0][tile.at], True
-            if toward is not None and sd is not None:
+            if toward is not None and sd is not None and not silenced:
                 cells = _cells(tile, toward.shape[1:], multiple)
                 told.append((toward[0][cells].ravel(), sd[0][cells].ravel()))
         if silent:
@@ -298,7 +302,9 @@ class RefocusModel(OnnxFile):
         focus, sd_um = self._focus(told, side, half_um, reasons)
         return Recovery(image, 0 if side > 0 else 1, focus, sd_um, score, tuple(reasons))
 
-    def run(self, shots: Real, side: Real) -> tuple[Real, Real | None, Real | None]:
+    def run(
+        self, shots: Real, side: Real, half_um: Real
+    ) -> tuple[Real, Real | None, Real | None]:
         """Run the net once.
 
         Parameters
@@ -307,6 +313,8 @@ class RefocusModel(OnnxFile):
             ``(N, count · C, H, W)`` float32 in 0 … 1, the sharper one first; any size.
         side : numpy.ndarray
             ``(N,)`` float32: 1 where the sharper shot is the lower one, else -1.
+        half_um : numpy.ndarray
+            ``(N,)`` float32: half of their distance.
 
         Returns
         -------
@@ -321,8 +329,7 @@ class RefocusModel(OnnxFile):
         if below or right:
             shots = np.pad(shots, ((0, 0), (0, 0), (0, below), (0, right)), mode="edge")
         feeds: dict[str, Real] = {_INPUT: np.ascontiguousarray(shots)}
-        if self._side:
-            feeds[_SIDE] = side
+        feeds |= {k: v for k, v in ((_SIDE, side), (_HALF, half_um)) if k in self._told}
         rule = self.shots
         names = [x for x in (rule.image, rule.toward, rule.toward_sd) if x is not None]
         out = dict(zip(names, self._run(names, feeds), strict=True))
@@ -341,7 +348,8 @@ class RefocusModel(OnnxFile):
     def warm(self, shape: tuple[int, ...]) -> None:
         """Run once on a tile of an empty frame ``(Y, X[, 3])``."""
         size = [min(s, TILE_PX) for s in shape[:2]]
-        self.run(np.zeros((1, self.card.planes, *size), np.float32), np.ones(1, np.float32))
+        one = np.ones(1, np.float32)
+        self.run(np.zeros((1, self.card.planes, *size), np.float32), one, one)
 
     def _unlike(
         self, shots: tuple[Image, Image], limit: float

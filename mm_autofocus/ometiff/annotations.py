@@ -9,6 +9,9 @@ namespace                 content
 ``mm_autofocus.file``     counts of frames, versions of programs
 ``mm_autofocus.plan``     the useq sequence, as JSON
 ``mm_autofocus.settings`` the settings of the autofocus
+``mm_autofocus.refocus``  of computed images: from which file, by which model; linked
+                          from the images
+``mm_autofocus.refocus.pair``  how one of them came about; linked from its plane
 ``mm_autofocus.incomplete``  only in a file that was not closed
 ``pymmcore_plus``         the state of the microscope
 ========================  ==========================================================
@@ -23,12 +26,23 @@ from typing import Any
 
 import ome_types.model as ome
 
-from mm_autofocus.ometiff.frames import NAMESPACE, Focus, FrameRecord, Header, finite, to_json
+from mm_autofocus.ometiff.frames import (
+    DERIVED,
+    NAMESPACE,
+    REVISED,
+    Focus,
+    FrameRecord,
+    Header,
+    finite,
+    to_json,
+)
 from mm_autofocus.ometiff.layout import Gap, ImageLayout, PlaneIndex
 
 __all__ = ["FileFacts", "Links", "link", "structured_annotations", "text"]
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+_DERIVED_ID = "Annotation:refocus"
 
 _GAP_NOTES: dict[Gap, str] = {
     "skipped": "Left out on purpose; zero-filled, not data.",
@@ -84,29 +98,37 @@ class Links:
         The focus events.
     gap_ids, status_ids : dict
         Annotation of each reason for a gap, and of each status but ``ok``.
+    recoveries : dict of (image, t, c, z) → FrameRecord
+        The planes that were computed.
+    derived : bool
+        Whether the file is computed from another.
     """
 
     uses: list[_FocusUse]
     gap_ids: dict[Gap, str]
     status_ids: dict[str, str]
-    _by_plane: dict[tuple[int, int, int, int], str] = field(default_factory=dict)
+    recoveries: dict[tuple[int, int, int, int], FrameRecord] = field(default_factory=dict)
+    derived: bool = False
+    _by_plane: dict[tuple[int, int, int, int], tuple[str, str | None]] = field(
+        default_factory=dict
+    )
 
     def of_image(self, i: int, image: ImageLayout) -> list[str]:
         """Annotations of image number `i`."""
         reasons = dict.fromkeys(why for why, _record in image.gaps.values())
         uses = [use.id for use in self.uses if i in use.images]
-        return uses + [self.gap_ids[why] for why in reasons]
+        whence = [_DERIVED_ID] if self.derived else []
+        return whence + uses + [self.gap_ids[why] for why in reasons]
 
-    def of_plane(
-        self, i: int, at: PlaneIndex, record: FrameRecord | None, gap: Gap | None = None
-    ) -> list[str]:
+    def of_plane(self, i: int, at: PlaneIndex, gap: Gap | None = None) -> list[str]:
         """Annotations of plane `at` in image number `i`."""
         refs = [] if gap is None else [self.gap_ids[gap]]
+        if (i, *at) in self.recoveries:
+            refs.append(_recovery_id(i, *at))
         if (use := self._by_plane.get((i, *at))) is not None:
-            refs.append(use)
-        if record is not None and record.focus is not None:
-            status = record.focus.get("status")
-            if isinstance(status, str) and status in self.status_ids:
+            focus_id, status = use
+            refs.append(focus_id)
+            if status in self.status_ids:
                 refs.append(self.status_ids[status])
         return refs
 
@@ -125,7 +147,11 @@ def _map(annotation_id: str, namespace: str, content: Mapping[str, Any]) -> ome.
     return ome.MapAnnotation(id=annotation_id, namespace=namespace, value=ome.Map(ms=pairs))
 
 
-def link(images: Sequence[ImageLayout]) -> Links:
+def _recovery_id(i: int, t: int, c: int, z: int) -> str:
+    return f"Annotation:pair-{i}-{t}-{c}-{z}"
+
+
+def link(images: Sequence[ImageLayout], *, derived: bool = False) -> Links:
     """Find the focus events of `images` and what else there is to annotate."""
     uses = _focus_uses(images)
     reasons = [why for image in images for why, _record in image.gaps.values()]
@@ -134,7 +160,14 @@ def link(images: Sequence[ImageLayout]) -> Links:
         uses,
         {why: f"Annotation:gap-{why.replace(' ', '-')}" for why in dict.fromkeys(reasons)},
         {status: f"Annotation:status-{i}" for i, status in enumerate(sorted(statuses))},
-        {(p[0], p[1], p[2], p[3]): use.id for use in uses for p in use.planes},
+        {
+            (i, *at): frame
+            for i, image in enumerate(images)
+            for at, frame in sorted(image.frames.items())
+            if frame.recovery is not None
+        },
+        derived,
+        {(p[0], p[1], p[2], p[3]): (use.id, p[4]) for use in uses for p in use.planes},
     )
 
 
@@ -152,13 +185,20 @@ def _focus_uses(images: Sequence[ImageLayout]) -> list[_FocusUse]:
         if use is None:
             use = _FocusUse(len(found), focus, frame)
             found[focus.get("focus_id")] = use
+        elif focus.get(REVISED, 0) > use.record.get(REVISED, 0):
+            # a later frame showed more, also of those before it
+            use.record = {**use.record, **focus}
+            use.planes = [(*p[:4], _status(focus), p[5]) for p in use.planes]
         elif len(focus) > len(use.record):
             use.record = focus
-        age = finite(focus.get("age_s"))
-        status = focus.get("status")
-        use.planes.append((i, t, c, z, None if status is None else str(status), age))
+        use.planes.append((i, t, c, z, _status(focus), finite(focus.get("age_s"))))
         use.images.add(i)
     return list(found.values())
+
+
+def _status(focus: Focus) -> str | None:
+    status = focus.get("status")
+    return None if status is None else str(status)
 
 
 def _focus_annotation(use: _FocusUse, facts: FileFacts) -> ome.MapAnnotation:
@@ -176,6 +216,16 @@ def _focus_annotation(use: _FocusUse, facts: FileFacts) -> ome.MapAnnotation:
     return _map(use.id, NAMESPACE, {**plain, "record": to_json(record)})
 
 
+def _recovery_annotation(
+    at: tuple[int, int, int, int], frame: FrameRecord
+) -> ome.MapAnnotation:
+    told = frame.recovery or {}
+    keys: tuple[str, ...] = ("status", "kept", "reasons")
+    content = {k: told[k] for k in keys if k in told}
+    record = {**told, "image": at[0], "t": at[1], "c": at[2], "z": at[3]}
+    return _map(_recovery_id(*at), f"{DERIVED}.pair", {**content, "record": to_json(record)})
+
+
 def structured_annotations(
     header: Header, images: Sequence[ImageLayout], links: Links, facts: FileFacts
 ) -> ome.StructuredAnnotations:
@@ -185,6 +235,7 @@ def structured_annotations(
         _map(ref, f"{NAMESPACE}.missing", {"reason": why, "note": _GAP_NOTES[why]})
         for why, ref in links.gap_ids.items()
     ]
+    maps += [_recovery_annotation(at, frame) for at, frame in links.recoveries.items()]
     maps += _file_annotations(header, images, facts)
     tags = [
         ome.TagAnnotation(id=ref, namespace=f"{NAMESPACE}.status", value=text(status))
@@ -211,6 +262,10 @@ def _file_annotations(
     notes = [_map("Annotation:file", f"{NAMESPACE}.file", file)]
     if header.plan is not None:
         notes.append(_map("Annotation:plan", f"{NAMESPACE}.plan", {"useq": header.plan}))
+    if header.derived is not None:
+        brief = {k: v for k, v in header.derived.items() if k != "card"}
+        derived = {**header.derived, "json": to_json(brief)}
+        notes.append(_map(_DERIVED_ID, DERIVED, derived))
     if header.settings is not None:
         settings = {**header.settings, "json": to_json(header.settings)}
         notes.append(_map("Annotation:settings", f"{NAMESPACE}.settings", settings))

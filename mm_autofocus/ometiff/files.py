@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mm_autofocus.ometiff.annotations import FileFacts
 from mm_autofocus.ometiff.finish import finish, page_tag
-from mm_autofocus.ometiff.frames import Focus, FrameRecord, Header
+from mm_autofocus.ometiff.frames import REVISED, Focus, FrameRecord, Header
 from mm_autofocus.ometiff.layout import Plan
 from mm_autofocus.ometiff.pages import PageWriter
 from mm_autofocus.ometiff.preliminary import first_description
@@ -31,6 +31,7 @@ _MOST_OPEN = 128
 """Files kept open at once, if split by position; systems allow about 1000 in all."""
 
 _VARYING = ("focus_id", "status", "age_s")
+_ONCE = ("curve", "thumbnail", "thumbnail_xy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class _File:
     frames: list[FrameRecord] = field(default_factory=list)
     skipped: list[FrameRecord] = field(default_factory=list)
     said: int = 0
-    focus_ids: set[Any] = field(default_factory=set)
+    focus_ids: dict[Any, int] = field(default_factory=dict)
 
 
 class FileSet:
@@ -110,6 +111,8 @@ class FileSet:
         Of the pages.
     bigtiff : bool | None
         None: as needed.
+    frames : int | None
+        How many there will be, where there is no plan that says it.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class FileSet:
         overwrite: bool,
         compression: str | None,
         bigtiff: bool | None,
+        frames: int | None = None,
     ) -> None:
         self._naming = naming
         self._header = header
@@ -128,6 +132,7 @@ class FileSet:
         self._overwrite = overwrite
         self._compression = compression
         self._bigtiff = bigtiff
+        self._frames = frames
         self._files: dict[int | None, _File] = {}
         self._homeless: list[FrameRecord] = []  # skipped before their file was begun
 
@@ -157,7 +162,7 @@ class FileSet:
             header = file.header
             description = first_description(header, frame, header.frames_planned)
         unsaid = file.skipped[file.said :]
-        focus_ids = set(file.focus_ids)
+        focus_ids = dict(file.focus_ids)
         for record in (frame, *unsaid):
             record.focus = _once(record.focus, focus_ids)
         frame.page = file.writer.add(
@@ -213,13 +218,20 @@ class FileSet:
                 unfinished = unfinished or e
         return unfinished
 
+    def abandon(self) -> None:
+        """Close and remove all files."""
+        for file in self._files.values():
+            file.writer.close()
+            file.path.unlink(missing_ok=True)
+        self._files.clear()
+
     def _begin(self, part: int | None, frame_bytes: int) -> _File:
         if self._overwrite and not self._files:
             for old in self._naming.existing():
                 old.unlink()
-        only = None if part is None else {"p": part}
+        only = {**(self._header.only or {}), **({} if part is None else {"p": part})} or None
         plan = None if self._plan is None else self._plan.only(only)
-        planned = None if plan is None else len(plan)
+        planned = self._frames if plan is None else len(plan)
         header = replace(
             self._header, uuid=f"urn:uuid:{uuid.uuid4()}", frames_planned=planned, only=only
         )
@@ -241,14 +253,21 @@ class FileSet:
                 file.writer.close()
 
 
-def _once(focus: Focus | None, seen: set[Any]) -> Focus | None:
-    """`focus` whole where its id is new to `seen`, else only what may vary by frame."""
+def _once(focus: Focus | None, seen: dict[Any, int]) -> Focus | None:
+    """`focus` whole where it is new to `seen`, else only what may vary by frame.
+
+    One that was revised since it was seen is told again, but for its pictures and looks.
+    """
     if focus is None:
         return None
-    if focus["focus_id"] in seen:
+    focus_id, revised = focus["focus_id"], int(focus.get(REVISED) or 0)
+    told = seen.get(focus_id)
+    if told == revised:
         return _varying(focus)
-    seen.add(focus["focus_id"])
-    return dict(focus)
+    seen[focus_id] = revised
+    if told is None:
+        return dict(focus)
+    return {k: v for k, v in focus.items() if k not in _ONCE}
 
 
 def _varying(focus: Mapping[str, Any]) -> Focus:

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeAlias
 
 __all__ = [
+    "DERIVED",
     "NAMESPACE",
     "PAGE_TAG",
+    "REVISED",
     "Focus",
     "FrameRecord",
     "Header",
@@ -28,8 +30,14 @@ __all__ = [
 NAMESPACE = "mm_autofocus"
 """Namespace of the annotations; those with other content append ``.name`` to it."""
 
+DERIVED = f"{NAMESPACE}.refocus"
+"""Namespace of what a file says of how its images were computed."""
+
 PAGE_TAG = 65126
 """Private TIFF tag (ASCII, JSON) of every page. 65000 and above are free for private use."""
+
+REVISED = "revised"
+"""Key of an autofocus record that counts its changes after it was made."""
 
 FORMAT = 1
 """Version of the JSON in the private tag."""
@@ -107,7 +115,14 @@ class FrameRecord:
         Since the start of the run; the stage as really reached.
     focus : dict | None
         The autofocus record. Complete where `focus_id` occurs first in the file, later
-        only what may differ from frame to frame: focus_id, status, age_s.
+        only what may differ from frame to frame: focus_id, status, age_s. Where the record
+        was revised in between, all but its looks and pictures again; it holds for the frames
+        before, too.
+    bits : int | None
+        Significant bits of its pixels; None: all, or as the header says.
+    recovery : dict | None
+        Of an image that was computed: from what, and how much it is to be trusted (see
+        `mm_autofocus.ometiff.record.RecoveryRecord`).
     shape : tuple of int
         ``(Y, X)`` or ``(Y, X, 3)``.
     dtype : str
@@ -130,6 +145,8 @@ class FrameRecord:
     z_um: float | None = None
     pixel_size_um: float | None = None
     focus: Focus | None = None
+    bits: int | None = None
+    recovery: dict[str, Any] | None = None
     shape: tuple[int, ...] = ()
     dtype: str = ""
     page: int = -1
@@ -197,6 +214,11 @@ class Header:
         The state of the microscope, as pymmcore-plus reports it.
     only : dict | None
         Index that all frames of this file share (``{"p": 3}`` if split by position).
+    significant_bits : int | None
+        Of the camera, where they are fewer than those of the pixel type.
+    derived : dict | None
+        Of a file whose images were computed: from which file, and by what. It may be
+        completed until the file is finished.
     """
 
     created: str
@@ -211,6 +233,8 @@ class Header:
     pixel_size_um: float | None = None
     summary: dict[str, Any] | None = None
     only: dict[str, int] | None = None
+    significant_bits: int | None = None
+    derived: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mm_autofocus.ometiff.layout import Plan
     from mm_autofocus.types import Optics
 
-__all__ = ["make_header"]
+__all__ = ["installed", "make_header", "significant_bits"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,17 @@ def make_header(
         versions=_versions(summary),
         pixel_size_um=pixel_size or None,
         summary=summary or None,
+        significant_bits=significant_bits(summary),
     )
+
+
+def significant_bits(summary: Mapping[str, Any]) -> int | None:
+    """Bits of the camera, from ``Mono12`` and the like; None where it has all of its type."""
+    info: Any = (summary.get("image_infos") or ({},))[0]
+    digits = "".join(filter(str.isdigit, str(info.get("pixel_format") or "")))
+    bits, kind = int(digits or 0), str(info.get("dtype") or "")
+    full = {"uint8": 8, "uint16": 16}.get(kind, 0)
+    return bits if 0 < bits < full else None
 
 
 def _plan_json(sequence: useq.MDASequence) -> dict[str, Any]:
@@ -94,7 +104,8 @@ def _iso(text: Any) -> str:
 
 
 @functools.cache  # they do not change, and looking them up costs milliseconds
-def _installed() -> dict[str, str]:
+def installed() -> dict[str, str]:
+    """Versions of Python and of the packages that take part."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("mm-autofocus", "pymmcore-plus", "useq-schema", "tifffile", "ome-types"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -103,7 +114,7 @@ def _installed() -> dict[str, str]:
 
 
 def _versions(summary: Mapping[str, Any]) -> dict[str, str]:
-    found = dict(_installed())
+    found = dict(installed())
     system = summary.get("system_info") or {}
     for name, key in (("MMCore", "mmcore_version"), ("MMDevice", "device_api_version")):
         if system.get(key):

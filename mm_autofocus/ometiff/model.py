@@ -59,7 +59,7 @@ def ome_xml(
     bytes
         UTF-8.
     """
-    links = link(images)
+    links = link(images, derived=header.derived is not None)
     shell = _model(header, images, links, facts).to_xml(indent=0).strip()
     before, *after = shell.split(_PIXELS_END)  # in text and attributes "<" is escaped
     parts = [before]
@@ -148,6 +148,8 @@ def _pixels(
         if image.cameras[c]:
             known["detector_settings"] = ome.DetectorSettings(id=detectors[image.cameras[c]])
         channels.append(ome.Channel(id=f"Channel:{i}:{c}", samples_per_pixel=samples, **known))
+    first = next(iter(image.frames.values()), None)
+    bits = (first.bits if first else None) or header.significant_bits
     return ome.Pixels(
         id=f"Pixels:{i}",
         # T outermost: tifffile and napari then see (T, C, Z, Y, X)
@@ -161,6 +163,7 @@ def _pixels(
         size_c=image.size_c * samples,
         size_t=image.size_t,
         channels=channels,
+        significant_bits=bits or None,
         **_physical_sizes(image, header),
     )
 
@@ -179,12 +182,12 @@ def _planes(i: int, image: ImageLayout, blanks: Blanks, links: Links) -> list[st
     blocks, planes = [], []
     for at, frame in sorted(image.frames.items(), key=lambda item: item[1].page):
         blocks.append(_tiff_data(at, frame.page))
-        planes.append(_plane(at, frame, links.of_plane(i, at, frame)))
+        planes.append(_plane(at, frame, links.of_plane(i, at)))
     blank = blanks.get(image.key)
-    for at, (reason, record) in image.gaps.items():
+    for at, (reason, _record) in image.gaps.items():
         if blank is not None:
             blocks.append(_tiff_data(at, blank))
-        planes.append(_plane(at, None, links.of_plane(i, at, record, reason)))
+        planes.append(_plane(at, None, links.of_plane(i, at, reason)))
     return blocks + planes
 
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.ometiff.annotations import FileFacts
-from mm_autofocus.ometiff.frames import NAMESPACE, finite
+from mm_autofocus.ometiff.frames import DERIVED, NAMESPACE, finite
 from mm_autofocus.ometiff.layout import PlaneIndex, lay_out
 from mm_autofocus.ometiff.model import ome_xml
 from mm_autofocus.ometiff.pages import DTYPES
@@ -22,6 +22,7 @@ from mm_autofocus.ometiff.record import (
     FrameUse,
     ImageRecord,
     PlaneRecord,
+    RecoveryRecord,
 )
 from mm_autofocus.ometiff.recovery import (
     annotation_maps,
@@ -110,9 +111,12 @@ def _parse(path: Path, root: ET.Element, complete: bool, tif: tifffile.TiffFile)
     focus_maps: dict[str, dict[str, Any]] = {}
     gaps: dict[str, str] = {}
     others: dict[str, dict[str, str]] = {}
+    recoveries: list[dict[str, Any]] = []
     for annotation_id, namespace, content in annotation_maps(root):
         if namespace == NAMESPACE and "record" in content:
             focus_maps[annotation_id] = json.loads(content["record"])
+        elif namespace == f"{DERIVED}.pair":
+            recoveries.append(json.loads(content["record"]))
         elif namespace == f"{NAMESPACE}.missing":
             gaps[annotation_id] = content["reason"]
         else:
@@ -126,6 +130,7 @@ def _parse(path: Path, root: ET.Element, complete: bool, tif: tifffile.TiffFile)
     planned = facts.get("frames_planned")
     plan = others.get(f"{NAMESPACE}.plan", {}).get("useq")
     settings = others.get(f"{NAMESPACE}.settings", {}).get("json")
+    derived = others.get(DERIVED)
     prefix = "version "
     return FileRecord(
         path=path,
@@ -140,6 +145,31 @@ def _parse(path: Path, root: ET.Element, complete: bool, tif: tifffile.TiffFile)
         plan=json.loads(plan) if plan else None,
         settings=json.loads(settings) if settings else None,
         versions={k[len(prefix) :]: v for k, v in facts.items() if k.startswith(prefix)},
+        derived=None if derived is None else _derived(derived),
+        recoveries=tuple(map(_recovery, recoveries)),
+    )
+
+
+def _derived(content: dict[str, str]) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(content["json"])
+    return {**told, "card": json.loads(content.get("card") or "null")}
+
+
+def _recovery(told: dict[str, Any]) -> RecoveryRecord:
+    z = told.get("z_shots_um")
+    return RecoveryRecord(
+        image=int(told["image"]),
+        t=int(told["t"]),
+        c=int(told["c"]),
+        status=told.get("status", ""),
+        reasons=tuple(told.get("reasons") or ()),
+        kept=told.get("kept", ""),
+        sharper=told.get("sharper", ""),
+        z_shots_um=None if not z else (float(z[0]), float(z[1])),
+        delta_um=float(told["delta_um"]),
+        focus_um=finite(told.get("focus_um")),
+        focus_sd_um=finite(told.get("focus_sd_um")),
+        ood=finite(told.get("ood")),
     )
 
 

@@ -9,7 +9,14 @@ from typing import Any
 
 from mm_autofocus.ometiff.layout import PlaneIndex
 
-__all__ = ["FileRecord", "FocusRecord", "FrameUse", "ImageRecord", "PlaneRecord"]
+__all__ = [
+    "FileRecord",
+    "FocusRecord",
+    "FrameUse",
+    "ImageRecord",
+    "PlaneRecord",
+    "RecoveryRecord",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +168,47 @@ class ImageRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class RecoveryRecord:
+    """One image that was recovered from two shots.
+
+    Attributes
+    ----------
+    image, t, c : int
+        Where it is in the file.
+    status : str
+        ``ok`` or ``low-confidence``.
+    reasons : tuple of str
+        Why not to trust it.
+    kept : str
+        ``recovered``, or ``sharper shot`` where that was kept instead.
+    sharper : str
+        ``lower`` or ``upper``: the shot that is the sharper one.
+    z_shots_um : (float, float) | None
+        Where the shots were taken; None: only their distance is known.
+    delta_um : float
+        Half of their distance.
+    focus_um, focus_sd_um : float | None
+        z of the recovered focus, as the model tells it (relative to the middle of the shots
+        where their z is not known), and its standard deviation.
+    ood : float | None
+        How unlike the training's frames the shots look; 1 is the limit.
+    """
+
+    image: int
+    t: int
+    c: int
+    status: str
+    reasons: tuple[str, ...]
+    kept: str
+    sharper: str
+    z_shots_um: tuple[float, float] | None
+    delta_um: float
+    focus_um: float | None
+    focus_sd_um: float | None
+    ood: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class FileRecord:
     """All that a file says of its run.
 
@@ -188,6 +236,11 @@ class FileRecord:
         The useq sequence and the settings of the autofocus.
     versions : dict
         Program → version.
+    derived : dict | None
+        Of a file that was computed: ``source``, ``source_uuid``, ``source_sha256``,
+        ``model``, ``model_sha256``, ``card``, ``delta_um``, ``pairs``, ``flagged``, ...
+    recoveries : tuple of RecoveryRecord
+        Of such a file: one per pair of shots.
     """
 
     path: Path
@@ -202,6 +255,13 @@ class FileRecord:
     plan: dict[str, Any] | None
     settings: dict[str, Any] | None
     versions: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, Any] | None = None
+    recoveries: tuple[RecoveryRecord, ...] = ()
+
+    @property
+    def flagged(self) -> tuple[RecoveryRecord, ...]:
+        """Recovered images that are not to be trusted."""
+        return tuple(r for r in self.recoveries if r.status != "ok")
 
     @property
     def frames_missing(self) -> int:

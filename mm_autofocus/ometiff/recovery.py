@@ -29,7 +29,16 @@ from mm_autofocus.ometiff.frames import (
 from mm_autofocus.ometiff.layout import Plan
 from mm_autofocus.ometiff.pages import COMPRESSIONS, PageWriter
 
-__all__ = ["FileInfo", "Scan", "description_root", "open_tiff", "read_info", "repair", "scan"]
+__all__ = [
+    "FileInfo",
+    "Scan",
+    "description_root",
+    "link_of",
+    "open_tiff",
+    "read_info",
+    "repair",
+    "scan",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +226,7 @@ def scan(tif: tifffile.TiffFile) -> Scan:
             return found
         _take(found, page, content, index)
         found.end = max(found.end, end)
-        found.link = _link_of(tif, page.offset)
+        found.link = link_of(tif.filehandle, tif.tiff, page.offset)
         index += 1
 
 
@@ -251,9 +260,8 @@ def _end_of(page: Any, size: int) -> int | None:
     return None if max(ends) > size else max(ends)
 
 
-def _link_of(tif: tifffile.TiffFile, offset: int) -> int:
-    """Where the IFD at `offset` holds the offset of the next one."""
-    tiff, file = tif.tiff, tif.filehandle
+def link_of(file: Any, tiff: tifffile.TiffFormat, offset: int) -> int:
+    """Where the IFD at `offset` of an open file holds the offset of the next one."""
     file.seek(offset)
     (count,) = struct.unpack(tiff.tagnoformat, file.read(tiff.tagnosize))
     return offset + int(tiff.tagnosize) + int(count) * int(tiff.tagsize)

@@ -116,7 +116,7 @@ class Camera:
         light: Real,
         *,
         dose: float,
-        frame: int,
+        frame: int | None,
         bit_depth: int,
         sensor: tuple[int, int],
         roi: tuple[int, int, int, int],
@@ -130,8 +130,8 @@ class Camera:
             ``(Y, X)`` or ``(Y, X, 3)``, 1 where a blank field is.
         dose : float
             Exposure times lamp, 1 for what :data:`FULL_SCALE` refers to; 0: dark.
-        frame : int
-            Number of the frame; it seeds the noise.
+        frame : int | None
+            Number of the frame; it seeds the noise. None: without noise, all else as ever.
         bit_depth : int
             8 to 16.
         sensor : tuple of int
@@ -161,11 +161,12 @@ class Camera:
             mean = signal.sum(axis=-1, keepdims=True)
             signal = signal * np.float32(1 - 3 * s.crosstalk) + np.float32(s.crosstalk) * mean
         electrons = signal * np.float32(FULL_SCALE * s.full_well_e * dose)
-        rng = np.random.Generator(np.random.SFC64([s.camera_seed, frame]))
-        noise = rng.standard_normal(electrons.shape, dtype=np.float32)
-        # Photons as a normal distribution: at more than some ten a pixel it is one.
-        noise *= np.sqrt(np.maximum(electrons, 0) + np.float32(s.read_noise_e**2)) / binning
-        electrons += noise
+        if frame is not None:
+            rng = np.random.Generator(np.random.SFC64([s.camera_seed, frame]))
+            noise = rng.standard_normal(electrons.shape, dtype=np.float32)
+            # Photons as a normal distribution: at more than some ten a pixel it is one.
+            noise *= np.sqrt(np.maximum(electrons, 0) + np.float32(s.read_noise_e**2)) / binning
+            electrons += noise
         top = float(2**bit_depth - 1)
         scale = np.float32(s.gain * top / s.full_well_e)
         values = np.minimum(electrons, np.float32(s.full_well_e)) * scale

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -108,6 +109,8 @@ class Exposure:
         Of the objective.
     light : bool
         Whether light fell on the specimen.
+    camera : dict
+        Keywords of `Camera.expose`: dose, bit depth, sensor, region, binning.
     """
 
     frame: int
@@ -116,6 +119,7 @@ class Exposure:
     view: View
     parfocal_um: float
     light: bool
+    camera: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 class Microscope:
@@ -403,18 +407,18 @@ class Microscope:
             objective = self.objectives[self.objective]
             frame = self.frames
             self.frames += 1
-            self.exposures.append(
-                Exposure(frame, self.clock.now_s, z, view, objective.parfocal_um, dose > 0)
-            )
             colours, depth = PIXEL_FORMATS[self.pixel_format]
             args: dict[str, Any] = {
                 "dose": dose,
-                "frame": frame,
                 "bit_depth": depth,
                 "sensor": SENSORS[self.sensor],
                 "roi": self.window,
                 "binning": self.binning,
             }
+            now = self.clock.now_s
+            self.exposures.append(
+                Exposure(frame, now, z, view, objective.parfocal_um, dose > 0, args)
+            )
             camera, renderer = self.camera, self.renderer
             self.clock.spend(0.5e-3 * self.exposure_ms)
         if dose > 0:
@@ -422,7 +426,7 @@ class Microscope:
                 light = renderer.image(view, z - objective.parfocal_um)
         else:
             light = np.zeros((*view.shape, 3)[: 3 if colours == 3 else 2], np.float32)
-        out = camera.expose(light, **args)
+        out = camera.expose(light, frame=frame, **args)
         with self.lock:
             self._step_z()
         return out

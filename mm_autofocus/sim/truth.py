@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "defocus_um",
     "focus_curve",
+    "frame_in_focus",
     "geometric_focus_um",
     "luminance",
     "measured_focus_um",
@@ -224,3 +225,26 @@ def defocus_um(
         return z - geometric_focus_um(scope, view=view)
     focus = measured_focus_um(scope, view=view)
     return None if focus is None else z - focus
+
+
+def frame_in_focus(scope: Microscope, exposure: Exposure) -> npt.NDArray[Any] | None:
+    """What the camera would have given of the same field in focus and without noise.
+
+    Parameters
+    ----------
+    scope : Microscope
+        The microscope, its camera and lens as they were.
+    exposure : Exposure
+        One of ``scope.exposures``.
+
+    Returns
+    -------
+    numpy.ndarray | None
+        Of the shape and type of the frame; None if the field is blank (by measure).
+    """
+    focus = measured_focus_um(scope, view=exposure.view)
+    if focus is None:
+        return None
+    parfocal = scope.objectives[scope.objective].parfocal_um
+    light = scope.renderer.image(exposure.view, focus - parfocal)
+    return scope.camera.expose(light, frame=None, **exposure.camera)

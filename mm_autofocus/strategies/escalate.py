@@ -184,8 +184,8 @@ def build_strategy(settings: AutofocusSettings) -> Strategy | None:
         loaded.
     """
     steps: list[tuple[Strategy, EscalationStep | None]] = []
-    if settings.strategy != "hardware":
-        steps.append((_build(settings.strategy, settings), None))
+    if settings.search != "hardware":
+        steps.append((_build(settings.search, settings), None))
     for step in settings.escalate:
         own = settings_for(step.strategy, settings, model=step.model)
         steps.append((_build(step.strategy, own), step))
@@ -194,7 +194,7 @@ def build_strategy(settings: AutofocusSettings) -> Strategy | None:
     strategy = steps[0][0]
     if len(steps) > 1 or steps[0][1] is not None:
         strategy = Escalate(steps)
-    if settings.strategy == "hardware":
+    if settings.search == "hardware":
         return strategy  # its shadow watches the hardware
     watcher = build_watcher(settings)
     return strategy if watcher is None else Shadow(strategy, watcher)
@@ -219,7 +219,7 @@ def build_watcher(settings: AutofocusSettings) -> Learned | None:
             f"shadow.strategy: {shadow.strategy!r} is not a learned strategy; use one-shot or "
             "two-look"
         )
-    if settings.strategy == "hardware" and watcher.several:
+    if settings.search == "hardware" and watcher.several:
         raise InputError(
             "shadow: beside 'hardware' a model sees the saved frame alone, and "
             f"{watcher.card.name!r} takes {watcher.card.n_looks} looks"

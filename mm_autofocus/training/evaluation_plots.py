@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mm_autofocus.training.evaluate import Evaluation
     from mm_autofocus.training.merit import Row
 
-__all__ = ["error_plot", "regression_plot", "reliability_plot"]
+__all__ = ["error_plot", "regression_plot", "reliability_plot", "tidy"]
 
 _CLASS_COLOURS = {
     "dense": "#1b6ca8",
@@ -31,7 +31,8 @@ _LINES = (("1", "-", "DoF"), ("1/2", "--", "DoF/2"), ("1/3", ":", "DoF/3"))
 _BINS = 13
 
 
-def _tidy(ax: Axes) -> None:
+def tidy(ax: Axes) -> None:
+    """Leave two of the four edges, in grey."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(_GREY)
     ax.tick_params(colors=_GREY, labelcolor=_DARK, labelsize=8)
@@ -100,7 +101,7 @@ def regression_plot(found: Evaluation) -> Figure:
         below.set_ylim(-most, most)
         below.set_xlabel("true defocus, µm", fontsize=8.5)
         for ax in (top, below):
-            _tidy(ax)
+            tidy(ax)
     axes[0, 0].set_ylabel("predicted defocus, µm", fontsize=8.5)
     axes[1, 0].set_ylabel("error, µm", fontsize=8.5)
     return figure
@@ -136,7 +137,7 @@ def error_plot(found: Evaluation) -> Figure:
     ax.set_xlabel("true defocus, µm", fontsize=8.5)
     ax.set_ylabel("absolute error, µm", fontsize=8.5)
     ax.margins(x=0.02)
-    _tidy(ax)
+    tidy(ax)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
@@ -211,5 +212,5 @@ def reliability_plot(found: Evaluation) -> Figure | None:
     right.set_ylabel("frames, %", fontsize=8.5)
     right.legend(fontsize=7.5, frameon=False, loc="upper left", ncols=2)
     for ax in (left, right):
-        _tidy(ax)
+        tidy(ax)
     return figure

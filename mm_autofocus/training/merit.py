@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -51,6 +51,16 @@ FAR_UM = 2.0
 """Beyond this defocus the direction is also judged by itself: nearer, it hardly matters."""
 
 _BINS = 24
+
+
+class _OfField(Protocol):
+    """A row of any table that says of which field it is."""
+
+    @property
+    def field(self) -> str: ...
+
+
+_R = TypeVar("_R", bound=_OfField)
 _NUMBER = re.compile(r"\d+")
 
 
@@ -286,8 +296,8 @@ def worst(rows: Iterable[Row], n: int = 12) -> list[Row]:
 
 
 def interval(
-    rows: Sequence[Row],
-    figure: Callable[[Sequence[Row]], float | None],
+    rows: Sequence[_R],
+    figure: Callable[[Sequence[_R]], float | None],
     *,
     draws: int = 300,
     seed: int = 0,
@@ -297,7 +307,7 @@ def interval(
     Frames of one field are not independent: whole fields are drawn. None with fewer than
     three fields, or without the figure.
     """
-    fields: dict[str, list[Row]] = {}
+    fields: dict[str, list[_R]] = {}
     for r in rows:
         fields.setdefault(r.field, []).append(r)
     piles = list(fields.values())

@@ -221,10 +221,10 @@ class PairSource(Source):
             raise InputError("none of the stacks to train on has a label")
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """One sample: ``shots, truth`` ``(…, P, P)``; ``side, toward_um``; ``field``.
+        """One sample: images, how the shots lie, and where the focus is.
 
-        ``shots (2 C, P, P)`` and ``truth (C, P, P)`` float32, ``side`` ±1 and ``toward_um``
-        float32, ``field`` int.
+        ``shots (2 C, P, P)`` and ``truth (C, P, P)`` float32, ``side`` ±1, ``half_um`` and
+        ``toward_um`` float32, ``field`` int.
         """
         which, rng = self._draw(number)
         of = self.fields[which]
@@ -247,6 +247,7 @@ class PairSource(Source):
             "shots": shots,
             "truth": truth,
             "side": np.float32(side),
+            "half_um": np.float32(pair.half_um),
             "toward_um": np.float32(pair.toward_um(side)),
             "field": which,
         }

@@ -103,20 +103,19 @@ def _write(net: RefocusNet, card: ModelCard, path: Path) -> None:
             super().__init__()
             self.net = net
 
-        def forward(self, shots: Tensor, side: Tensor) -> Any:
-            image, toward, log_sd = self.net(shots, side)
+        def forward(self, shots: Tensor, side: Tensor, half_um: Tensor) -> Any:
+            image, toward, log_sd = self.net(shots, side, half_um)
             return image, toward, log_sd.exp()
 
     edge = 8 * net.multiple
     # not square, and more than one: nothing of it must be taken for fixed
-    inputs = (torch.rand(2, card.planes, edge, 2 * edge), torch.ones(2))
+    inputs = (torch.rand(2, card.planes, edge, 2 * edge), torch.ones(2), torch.ones(2))
     outputs = ["image", "toward", "toward_sd"]
     axes = {n: {0: "frames", 2: "height", 3: "width"} for n in ("shots", "image")}
     axes |= {n: {0: "frames", 1: "rows", 2: "columns"} for n in outputs[1:]}
-    axes["side"] = {0: "frames"}
-    write_graph(
-        Graph().eval().float().cpu(), inputs, ["shots", "side"], outputs, axes, card, path
-    )
+    axes |= {"side": {0: "frames"}, "half_um": {0: "frames"}}
+    names = ["shots", "side", "half_um"]
+    write_graph(Graph().eval().float().cpu(), inputs, names, outputs, axes, card, path)
 
 
 def _parity(
@@ -141,10 +140,11 @@ def _parity(
     for pair, y, x in pairs[:_PARITY_PAIRS]:
         shots, side = read_pair(reader, fields[pair.field], pair, y, x, p, p)
         given = np.ascontiguousarray(shots[None, : model.card.planes])
-        sides = np.array([side], np.float32)
+        sides, half = np.array([side], np.float32), np.array([pair.half_um], np.float32)
         with torch.inference_mode():
-            by_torch = net.float().eval()(torch.from_numpy(given), torch.from_numpy(sides))
-        image, toward, _ = model.run(given, sides)
+            known = (torch.from_numpy(v) for v in (given, sides, half))
+            by_torch = net.float().eval()(*known)
+        image, toward, _ = model.run(given, sides, half)
         worst = max(worst, float(np.abs(image - by_torch.image.numpy()).max()))
         if toward is not None:
             far = float(np.abs(toward - by_torch.toward.numpy()).max())
@@ -174,7 +174,8 @@ def _judge(
         shots, side = read_pair(truths.reader, fields[pair.field], pair, y, x, p, p)
         truth = truths.crop(pair, y, x, p, p)
         given = np.ascontiguousarray(shots[None, : model.card.planes])
-        image, toward, sd = model.run(given, np.array([side], np.float32))
+        known = (np.array([v], np.float32) for v in (side, pair.half_um))
+        image, toward, sd = model.run(given, *known)
         for found, of in ((before, shots[:c]), (after, image[0].clip(0, 1))):
             found.append(-10 * np.log10(max(float(np.square(of - truth).mean()), 1e-9)))
         if toward is not None and sd is not None:

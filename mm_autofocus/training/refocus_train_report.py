@@ -147,7 +147,8 @@ def _examples(
         c = net.context.channels
         with torch.inference_mode():
             given = torch.from_numpy(shots[None, : net.shots * c])
-            image = net(given, torch.tensor([float(side)])).image[0].numpy()
+            known = (torch.tensor([v]) for v in (float(side), pair.half_um))
+            image = net(given, *known).image[0].numpy()
         truth = validation.truths.crop(pair, y, x, p, p)
         strip = np.concatenate((shots[:c], image, truth), 2)
         before, after = (-10 * np.log10(max(pairs[i, k], 1e-9)) for k in (3, 4))

@@ -154,7 +154,9 @@ class RefocusValidation:
                 tensor = torch.from_numpy(shots[:, : net.shots * c]).to(
                     device, memory_format=torch.channels_last
                 )
-                found = net(tensor, torch.from_numpy(sides).to(device))
+                halves = np.array([q.half_um for q, _, _ in some], np.float32)
+                known = (torch.from_numpy(v).to(device) for v in (sides, halves))
+                found = net(tensor, *known)
                 image = found.image.float().cpu().numpy().clip(0, 1)
                 rows = out[start : start + len(some)]
                 rows[:, 0] = np.square(shots[:, :c] - truth).mean((1, 2, 3))

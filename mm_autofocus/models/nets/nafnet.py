@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_autofocus.models.nets.base import AnyOptions, NetContext
-from mm_autofocus.models.nets.refocus import RefocusNet, RefocusOptions, TowardHead
+from mm_autofocus.models.nets.refocus import RefocusNet, RefocusOptions
 
 __all__ = ["NafNet", "NafNetOptions"]
 
@@ -122,7 +122,6 @@ class NafNet(RefocusNet):
         nn.init.zeros_(self.last.weight)
         assert self.last.bias is not None
         nn.init.zeros_(self.last.bias)
-        self.toward = TowardHead(widths[-1])
 
     @property
     def halo_px(self) -> int:
@@ -138,7 +137,7 @@ class NafNet(RefocusNet):
         assert isinstance(self.options, NafNetOptions)
         return self.options
 
-    def recover(self, shots: Tensor, side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def recover(self, shots: Tensor, side: Tensor) -> Tensor:
         """Of two shots."""
         c = self.context.channels
         n = len(shots)
@@ -152,7 +151,6 @@ class NafNet(RefocusNet):
             if k < _SCALES - 1:
                 x = self.downs[k](x)
         y = self.after[-1](met[-1])
-        toward = self.toward(y)
         for k in reversed(range(_SCALES - 1)):
             y = self.after[k](F.pixel_shuffle(self.ups[k](y), 2) + met[k])
-        return F.pixel_shuffle(self.last(y), 2), *toward
+        return F.pixel_shuffle(self.last(y), 2)

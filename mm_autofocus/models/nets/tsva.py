@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_autofocus.models.nets.base import AnyOptions, NetContext
-from mm_autofocus.models.nets.refocus import RefocusNet, RefocusOptions, TowardHead
+from mm_autofocus.models.nets.refocus import RefocusNet, RefocusOptions
 
 __all__ = ["Tsva", "TsvaOptions", "UNet"]
 
@@ -116,20 +116,20 @@ class Tsva(RefocusNet):
         meet += [nn.BatchNorm2d(deepest)] if options.norm == "batch" else []
         self.meet = nn.Sequential(*meet, nn.ReLU(inplace=True))
         self.up = _Up(context.channels, options, paths=2)
-        self.toward = TowardHead(deepest)
 
     @property
     def halo_px(self) -> int:
         """Margin that a tile loses: a pixel sees up to 66 others to each side."""
         return 72
 
-    def recover(self, shots: Tensor, side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def recover(self, shots: Tensor, side: Tensor) -> Tensor:
         """Of two shots; which of them is the lower one it is not told, as published."""
         c = self.context.channels
         one, two = self.down(shots[:, :c]), self.down(shots[:, c:])
         deep = self.meet(torch.cat((one[-1], two[-1]), 1))
         skips = list(zip(one[-2::-1], two[-2::-1], strict=True))
-        return self.up(deep, skips), *self.toward(deep)
+        out: Tensor = self.up(deep, skips)
+        return out
 
 
 class UNet(RefocusNet):
@@ -142,15 +142,15 @@ class UNet(RefocusNet):
         super().__init__(context, options)
         self.down = _Down(context.channels, options)
         self.up = _Up(context.channels, options, paths=1)
-        self.toward = TowardHead(options.width * 2 ** (_SCALES - 1))
 
     @property
     def halo_px(self) -> int:
         """Margin that a tile loses: a pixel sees up to 58 others to each side."""
         return 64
 
-    def recover(self, shots: Tensor, side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def recover(self, shots: Tensor, side: Tensor) -> Tensor:
         """Of the sharper shot."""
         features = self.down(shots[:, : self.context.channels])
         skips = [(f,) for f in features[-2::-1]]
-        return self.up(features[-1], skips), *self.toward(features[-1])
+        out: Tensor = self.up(features[-1], skips)
+        return out
