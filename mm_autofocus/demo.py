@@ -32,6 +32,10 @@ __all__ = ["Tile", "demo_plan", "run_demo"]
 # extremely sparse fields, and blank glass, over 1.5 … 3 µm of tilt and waves.
 _COLUMNS_UM = (-1500.0, -1000.0, -500.0, 0.0, 500.0, 1000.0)
 _ROWS_UM = (-1000.0, -1500.0, -2000.0, -2500.0, -3000.0)
+# For two shots neighbouring fields at the same edge of the tissue, as one scans: focus changes
+# by 1 µm over them.
+_SCAN_COLUMNS_UM = (-394.0, -236.0, -78.0, 80.0, 238.0, 396.0)
+_SCAN_ROWS_UM = (-1906.0, -2064.0, -2222.0, -2380.0, -2538.0)
 _START_UM = 9.0
 """Where the operator left the focus stage: well out of focus."""
 
@@ -73,31 +77,38 @@ _MODELS = {"one-shot": "sparsefocus-slide20x", "two-look": "sparsefocus-slide20x
 """Models that ship for the virtual slide, by the strategy that they are for."""
 
 
-def demo_plan() -> dict[str, Any]:
-    """Return the plan of the demo: thirty tiles in a snake, each focused, one frame each."""
+def demo_plan(strategy: str | None = None) -> dict[str, Any]:
+    """Return the plan of the demo: thirty tiles in a snake, each focused, one frame each.
+
+    Of the strategy ``two-shot``: thirty neighbouring tiles, the first one focused, two frames
+    each.
+    """
+    scan = strategy == "two-shot"
+    xs, ys = (_SCAN_COLUMNS_UM, _SCAN_ROWS_UM) if scan else (_COLUMNS_UM, _ROWS_UM)
     tiles = []
-    for row, y in enumerate(_ROWS_UM):
-        columns = list(enumerate(_COLUMNS_UM))
+    for row, y in enumerate(ys):
+        columns = list(enumerate(xs))
         for column, x in columns if row % 2 == 0 else reversed(columns):
             tiles.append({"x": x, "y": y, "name": f"r{row + 1}c{column + 1}"})
+    settings = {
+        "strategy": "hill-climb",
+        "range_um": 15.0,
+        "z_min_um": -40.0,
+        "z_max_um": 40.0,
+        # each tile begins where the surface through the tiles before expects it
+        "prior": "surface",
+        "backlash_um": 1.0,
+        "repeatability_um": 0.15,
+        "na": 0.75,
+        "magnification": 20.0,
+    }
+    if scan:
+        del settings["prior"]  # one F for all of them
     return {
         "stage_positions": tiles,
         "channels": [{"config": "Brightfield", "exposure": 5.0}],
         "autofocus_plan": {"axes": ("p",)},
-        "metadata": {
-            "mm_autofocus": {
-                "strategy": "hill-climb",
-                "range_um": 15.0,
-                "z_min_um": -40.0,
-                "z_max_um": 40.0,
-                # each tile begins where the surface through the tiles before expects it
-                "prior": "surface",
-                "backlash_um": 1.0,
-                "repeatability_um": 0.15,
-                "na": 0.75,
-                "magnification": 20.0,
-            }
-        },
+        "metadata": {"mm_autofocus": settings},
     }
 
 
@@ -135,7 +146,8 @@ def run_demo(
     from mm_autofocus.sim.truth import microscope_of
 
     own = {} if "model" in overrides else _own_model(strategy)
-    sequence = load_plan(demo_plan(), strategy=strategy, overrides={**own, **overrides})
+    plan = demo_plan(strategy)
+    sequence = load_plan(plan, strategy=strategy, overrides={**own, **overrides})
     asked = settings_of(sequence)
     two_shot = asked is not None and asked.strategy == "two-shot"
     recovers = need_model(refocus_model) if two_shot else None
