@@ -80,7 +80,7 @@ def test_a_net_answers_and_learns(name, channels) -> None:
     out = net(shots[:, : net.shots * channels], batch["side"], batch["half_um"])
     assert out.image.shape == (2, channels, 48, 64)
     assert out.toward.shape == out.log_sd.shape == (2, 6, 8)
-    for loss in ("mse", "charbonnier"):
+    for loss in ("mse", "psnr", "charbonnier"):
         losses = small(name, channels, loss=loss).losses_of(batch)
         assert all(math.isfinite(v.item()) for v in losses.values())
     losses = net.losses_of(batch)
