@@ -3,11 +3,13 @@
     python benchmarks/refocus_quality.py --part virtual-slide --model PATH --unet PATH
                                          [--other PATH] [--fields N] [--cache FOLDER] [--write]
     python benchmarks/refocus_quality.py --part nuclei --model PATH --unet PATH [--write]
+    python benchmarks/refocus_quality.py --part information [--fields N] [--write]
     python benchmarks/refocus_quality.py --part brain [--net NAME] [--minutes N] [--write]
 
 ``virtual-slide`` judges models that are there on unseen virtual slides, PSNR and SSIM against
 the true image; ``nuclei`` counts nuclei on the recovered and on the true images; ``brain``
-trains models on recorded stacks by the shipped commands first. ``--cache FOLDER`` keeps the
+trains models on recorded stacks by the shipped commands first; ``information`` asks what the
+second shot adds, whatever looks at it. ``--cache FOLDER`` keeps the
 rendered frames (30 MB a field of 512²).
 """
 
@@ -25,6 +27,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 TITLES = {
     "virtual-slide": "Two shots: recovered images on virtual slides never seen (simulated)",
     "nuclei": "Two shots: nuclei counted on recovered and on true images (simulated)",
+    "information": "Two shots: what the second shot adds at the best (simulated)",
     "brain": "Two shots: recovered images on recorded stacks of a brain section",
 }
 
@@ -60,12 +63,14 @@ def main() -> None:
     args = parser.parse_args()
     cv2.setNumThreads(1)
     logging.disable(logging.WARNING)
-    if args.part != "brain" and not args.model:
+    if args.part in ("virtual-slide", "nuclei") and not args.model:
         parser.error("--model: is missing")
     if args.part == "virtual-slide":
         from _refocus_virtual import run
     elif args.part == "nuclei":
         from _refocus_nuclei import run
+    elif args.part == "information":
+        from _refocus_information import run
     else:
         from _refocus_brain import run
     text = run(args)
