@@ -16,7 +16,7 @@ from _learned_real import command
 from _refocus_virtual import markdown
 
 HALVES_UM = (2.0, 4.0, 6.0)
-OPTIONS = ("patch_px=96", "pairs.half_um=[2, 6]", "pairs.tolerance_um=0.51")
+OPTIONS = ("patch_px=96", "pairs.half_um=[2, 6]")
 
 
 def run(args: argparse.Namespace) -> str:

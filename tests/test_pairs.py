@@ -28,7 +28,7 @@ from scipy.ndimage import gaussian_filter
 from blurred import make_dataset
 
 # The planes of the dataset are 1 µm apart.
-PAIRS = PairOptions(half_um=(1, 3), tolerance_um=0.6)
+PAIRS = PairOptions(half_um=(1, 3))
 STILL = AugmentOptions(turns="none", brightness=(1, 1), contrast=(1, 1), offset=0, noise=0)
 
 

@@ -28,7 +28,8 @@ def test_the_commands_run_in_their_order(
 ) -> None:
     shutil.copytree(PLANS, tmp_path / "acquisition_plans")
     monkeypatch.chdir(tmp_path)
-    lines = [*block("run: commands").splitlines(), *block("run: learn").splitlines()]
+    names = ("run: commands", "run: recover", "run: learn")
+    lines = [line for name in names for line in block(name).splitlines()]
     for line in lines:
         if line.startswith("#"):
             continue
@@ -43,6 +44,8 @@ def test_the_commands_run_in_their_order(
     recommended = yaml.safe_load((tmp_path / "recommended.yaml").read_text(encoding="utf-8"))
     parse_settings(recommended["metadata"]["mm_autofocus"])
     assert (tmp_path / "evaluation" / "report.html").is_file()
+    assert (tmp_path / "fused.ome.tiff").is_file()
+    assert (tmp_path / "refocus.onnx").is_file()
     assert "3 searches, 0 to distrust" in capsys.readouterr().out
 
 

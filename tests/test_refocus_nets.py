@@ -46,7 +46,7 @@ OPTIONS = {
     "workers": 0,
     "augment": {"turns": False, "noise": 0.0},
     # the planes of this dataset are 1 µm apart and blur slowly
-    "pairs": {"half_um": [2, 4], "tolerance_um": 0.6},
+    "pairs": {"half_um": [2, 4]},
 }
 
 
@@ -261,7 +261,6 @@ def test_the_command_line_trains_it(dataset, tmp_path, capsys) -> None:
         "batch": 4,
         "patches_per_stack": 2,
         "pairs.half_um": "[2, 4]",
-        "pairs.tolerance_um": 0.6,
         "pairs.truth": "fusion",
     }
     words += [f"--set={key}={value}" for key, value in sets.items()]

@@ -31,8 +31,9 @@ class PairOptions(BaseModel):
     focus_sd_um, focus_most_um : float
         The middle is off the focus of a field by a normal random number of this standard
         deviation, cut at ± the second. The paper takes 1 µm.
-    tolerance_um : float
-        How far a plane may lie beside where a shot would have been taken.
+    tolerance_um : float | None
+        How far a plane may lie beside where a shot would have been taken; default: half the
+        distance of the planes.
     truth : {"plane", "fusion"}
         The plane in focus; or, of specimens thicker than the depth of field, a fusion of all
         planes, sharp all over.
@@ -43,7 +44,7 @@ class PairOptions(BaseModel):
     half_um: tuple[float, float] = (0.5, 3.0)
     focus_sd_um: Annotated[float, Field(ge=0)] = 1.0
     focus_most_um: Annotated[float, Field(ge=0)] = 2.5
-    tolerance_um: _Positive = 0.26
+    tolerance_um: _Positive | None = None
     truth: Literal["plane", "fusion"] = "plane"
 
     @field_validator("half_um")

@@ -41,7 +41,8 @@ __all__ = [
     "validation_pairs",
 ]
 
-_TRIES = 20
+_TRIES = 50
+_TRUTH_STEPS = 0.75  # of the planes' distance: how far off focus a truth may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,15 +267,21 @@ def draw_pair(
     low, high = options.half_um
     most = options.focus_most_um
     defocus = stack.defocus_um
+    step = float(np.median(np.diff(np.sort(defocus)))) if len(defocus) > 1 else 0.0
+    tolerance = options.tolerance_um or step / 2 + 1e-6
     for _ in range(_TRIES):
         half = float(rng.uniform(low, high))
         off = float(np.clip(rng.normal(0, options.focus_sd_um), -most, most))
-        pair = pair_near(defocus, off, half, options.tolerance_um, field)
-        if pair is not None:
-            return pair
-    z = np.sort(np.asarray(stack.z_um))
+        pair = pair_near(defocus, off, half, tolerance, field)
+        if pair is None:
+            continue
+        # where a shot is the plane in focus, the next one must do for the truth
+        others = np.delete(np.abs(defocus), [pair.lower, pair.upper])
+        if options.truth == "plane" and others.min(initial=np.inf) > _TRUTH_STEPS * step:
+            continue
+        return pair
     raise InputError(
-        f"{stack.file}: hardly any two of its planes, {np.median(np.diff(z)):g} µm apart over "
+        f"{stack.file}: hardly any two of its planes, {step:g} µm apart over "
         f"{defocus.min():+.1f} … {defocus.max():+.1f} µm, lie {low:g} … {high:g} µm "
         "(pairs.half_um) below and above a middle near focus"
     )
