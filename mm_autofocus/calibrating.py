@@ -334,6 +334,12 @@ def _image_lines(images: Images) -> Iterator[str]:
             f"offset        {o.channel} from {o.reference}: {o.um.median:+.2f} ± "
             f"{o.error_um:.2f} µm (spread {o.um.spread:.2f}, {o.um.n} fields)"
         )
+    if (flat := images.flatness) is not None:
+        yield (
+            f"flatness      focus differs by {flat.um:.2f} µm from field to field (standard "
+            f"deviation; {flat.fields} fields of {flat.slides} slides), by "
+            f"{flat.beside_plane_um:.2f} µm beside a tilted plane: flatness_um of two-shot"
+        )
     yield f"sign in one image: {sign.verdict}; {sign.reason}"
     for score in (sign.one, *sign.two):
         if score is not None:

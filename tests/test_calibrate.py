@@ -24,6 +24,7 @@ from mm_autofocus.sim.truth import geometric_focus_um, microscope_of
 from mm_autofocus.strategies.hill_climb import HillClimb
 from mm_autofocus.training import Dataset, Stack
 from mm_autofocus.training.calibrate import calibrate
+from mm_autofocus.training.flatness import flatness_of
 from mm_autofocus.training.focus_curves import channel_offsets, depth_of, patch_errors
 from mm_autofocus.training.recommend import recommend
 from mm_autofocus.training.stage_play import Estimate, StagePlay, StageSweeps
@@ -55,6 +56,26 @@ def stack(field: str, focus: float = 0.0, width: float = 6.0, **columns: Any) ->
         "quality": {"width_um": width, "expected_error_um": 0.1},
     }
     return Stack(**{**known, **columns})
+
+
+def test_flatness_is_what_differs_from_field_to_field() -> None:
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(-1000, 1000, (400, 2))
+    wavy = 0.5 * rng.normal(size=400)
+    z = wavy + 0.002 * xy[:, 0]
+    made = [
+        stack(f"f{k}", float(z[k]), x_um=float(x), y_um=float(y), slide=f"s{k % 2}")
+        for k, (x, y) in enumerate(xy)
+    ]
+    found = flatness_of(made)
+    assert found is not None
+    assert (found.slides, found.fields) == (2, 400)
+    assert found.um == pytest.approx(z.std(), rel=0.1)
+    assert found.beside_plane_um == pytest.approx(0.5, rel=0.1)
+    assert flatness_of(made[:8]) is None  # four of each slide
+    assert flatness_of([stack(f"f{k}", 0.1 * k) for k in range(9)]) is None  # nowhere
+    again = [replace(s, time=1, focus_z_um=s.focus_z_um + 50) for s in made]
+    assert flatness_of([*made, *again]) == found
 
 
 def test_depth_of_field_from_the_curves_and_from_the_optics() -> None:

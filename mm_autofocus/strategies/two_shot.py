@@ -49,7 +49,7 @@ class TwoShotSettings(AutofocusSettings):
         without a z_plan is given the two planes.
     flatness_um : float
         Standard deviation of focus from tile to tile that is expected of the slide (where F
-        follows the surface: of what the surface leaves).
+        follows the surface: of what the surface leaves). ``mm-autofocus calibrate`` tells it.
     region : {"position", "run"} | None
         For how many tiles one F stands: the grid of each position, or all. None: position
         where the plan has a grid, else run.

@@ -18,6 +18,7 @@ import numpy as np
 from mm_autofocus.errors import InputError
 from mm_autofocus.measure import FocusMeasure
 from mm_autofocus.settings import AutofocusSettings, MetricOptions
+from mm_autofocus.training.flatness import Flatness, flatness_of
 from mm_autofocus.training.focus_curves import (
     Depth,
     Offset,
@@ -79,6 +80,8 @@ class Images:
         With several channels, the one that focuses most surely.
     optics : dict
         na, magnification, wavelength_um, refractive_index as the stacks say.
+    flatness : Flatness | None
+        By how much focus differs from field to field of a slide.
     metric : dict
         ``metric`` and ``metric_options`` of the labels, where they are not the defaults.
     curves : list
@@ -98,6 +101,7 @@ class Images:
     patch_errors_um: dict[int, float]
     channel: str | None = None
     optics: dict[str, float] = field(default_factory=dict)
+    flatness: Flatness | None = None
     metric: dict[str, Any] = field(default_factory=dict)
     curves: list[tuple[list[float], list[float]]] = field(default_factory=list, repr=False)
 
@@ -116,6 +120,7 @@ class Images:
             "patch_errors_um": {str(k): v for k, v in self.patch_errors_um.items()},
             "channel": self.channel,
             "optics": self.optics,
+            "flatness": None if self.flatness is None else self.flatness.to_json(),
         }
 
 
@@ -188,6 +193,9 @@ def calibrate(
         patch_errors_um=errors,
         channel=None if channel is None else chosen[0].channel_name or None,
         optics=_optics(labelled),
+        flatness=flatness_of(
+            s for s in labelled if s.channel in (channel, labelled[0].channel)
+        ),
         metric=_metric(measure),
         curves=[_curve(s) for s in chosen[:60]],
     )
