@@ -9,6 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +153,38 @@ def collect_all(script: str, output: Path, stacks: int, jobs: int) -> Path:
     sources = [word for share in shares for word in ("--from", share)]
     command("collect", *sources, "-o", dataset)
     return dataset
+
+
+def train_stages(
+    output: Path,
+    dataset: Path,
+    name: str,
+    net: Sequence[str],
+    stages: Sequence[dict[str, object]],
+) -> Path:
+    """Train in stages, each from the weights of the one before; return the last run.
+
+    Parameters
+    ----------
+    output, dataset : Path
+        Folder of the runs; what they learn from.
+    name : str
+        Of the model.
+    net : sequence of str
+        Words of the command that say what is trained.
+    stages : sequence of dict
+        Options of each.
+    """
+    before = run = None
+    for number, stage in enumerate(stages, 1):
+        run = output / f"{name}-{number}"
+        sets = stage if before is None else {**stage, "init": before}
+        words = [f"--set={key}={value}" for key, value in sets.items()]
+        begun = (run / "last.ckpt").is_file()
+        command("train", dataset, "-o", run, *(["--resume"] if begun else [*net, *words]))
+        before = run
+    assert run is not None
+    return run
 
 
 def arguments(summary: str, *, stacks: int, minutes: float, size: str) -> argparse.Namespace:

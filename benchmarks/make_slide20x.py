@@ -10,9 +10,14 @@ step goes on where it was interrupted. The data stay in FOLDER (some 6 MB a stac
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from _training_stacks import Recipe, arguments, collect_all, collect_share, command
+from _training_stacks import (
+    Recipe,
+    arguments,
+    collect_all,
+    collect_share,
+    command,
+    train_stages,
+)
 
 RECIPE = Recipe(
     # Every second plane has a partner 4 µm above for two looks; near focus they are dense
@@ -50,25 +55,6 @@ STAGES = (
 )
 
 
-def train_all(output: Path, dataset: Path, name: str, looks: str, minutes: float) -> Path:
-    """Train in stages, each from the weights of the one before; return the last run."""
-    before = run = None
-    for number, stage in enumerate(STAGES, 1):
-        run = output / f"{name}-{number}"
-        sets = {**TRAIN, **stage, "max_minutes": minutes / len(STAGES)}
-        if before is not None:
-            sets["init"] = before
-        words = [f"--set={key}={value}" for key, value in sets.items()]
-        begun = (run / "last.ckpt").is_file()
-        options = (
-            ["--resume"] if begun else ["--model", "sparsefocus", "--looks", looks, *words]
-        )
-        command("train", dataset, "-o", run, *options)
-        before = run
-    assert run is not None
-    return run
-
-
 def main() -> None:
     args = arguments(
         __doc__.splitlines()[0], stacks=5000, minutes=240, size="some 6 MB a stack"
@@ -80,7 +66,10 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     dataset = collect_all(__file__, args.output, args.stacks, args.jobs)
     for name, looks in MODELS.items():
-        run = train_all(args.output, dataset, name, looks, args.minutes)
+        minutes = args.minutes / len(STAGES)
+        stages = [{**TRAIN, **stage, "max_minutes": minutes} for stage in STAGES]
+        net = ("--model", "sparsefocus", "--looks", looks)
+        run = train_stages(args.output, dataset, name, net, stages)
         model = args.output / f"{name}.onnx"
         licence = ("--licence", "BSD-3-Clause")
         command("export", run, "-o", model, "--name", name, *licence, "--overwrite")
