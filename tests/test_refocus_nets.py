@@ -13,6 +13,7 @@ pytest.importorskip("onnx")
 
 from mm_autofocus.cli import main  # noqa: E402
 from mm_autofocus.errors import InputError  # noqa: E402
+from mm_autofocus.models.card import parse_card  # noqa: E402
 from mm_autofocus.models.nets import NETS, build_net  # noqa: E402
 from mm_autofocus.models.nets.base import NetContext  # noqa: E402
 from mm_autofocus.models.refocus import RefocusModel  # noqa: E402
@@ -20,6 +21,7 @@ from mm_autofocus.models.runtime import OnnxModel  # noqa: E402
 from mm_autofocus.training import Dataset  # noqa: E402
 from mm_autofocus.training.export import export  # noqa: E402
 from mm_autofocus.training.pairs import Truths, read_pair  # noqa: E402
+from mm_autofocus.training.refocus_export import write_refocus  # noqa: E402
 from mm_autofocus.training.train import train  # noqa: E402
 
 from blurred import make_dataset  # noqa: E402
@@ -131,6 +133,26 @@ def test_only_one_net_is_told_which_shot_is_lower() -> None:
         given = shots[:, : 3 * net.shots]
         one, other = (net(given, torch.tensor([s]), torch.ones(1)).image for s in (1.0, -1.0))
         assert torch.equal(one, other) != differs
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_the_graph_takes_any_number_of_frames_of_any_size(name, tmp_path) -> None:
+    net = small(name).eval()
+    count = 2 if net.shots > 1 else 1
+    shots = {"count": count, "half_um": [0.5, 3], "halo_px": net.halo_px}
+    kind = {"name": name, "task": "refocus", "channels": 3, "patch_px": 64}
+    card = parse_card({**kind, "z_range_um": [-2, 2], "shots": shots})
+    path = tmp_path / "net.onnx"
+    write_refocus(net, card, path)
+    model = RefocusModel(path)
+    for n, height, width in ((1, 64, 48), (3, 80, 120)):
+        given = torch.rand(n, 3 * net.shots, height, width)
+        side, half = torch.ones(n), torch.linspace(1, 2, n)
+        with torch.inference_mode():
+            expected = net(given, side, half)
+        image, toward, _ = model.run(given.numpy(), side.numpy(), half.numpy())
+        np.testing.assert_allclose(image, expected.image.numpy(), atol=1e-4)
+        np.testing.assert_allclose(toward, expected.toward.numpy(), atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mm_autofocus.training.fields import Field
     from mm_autofocus.training.options import PairOptions, TrainOptions
 
-__all__ = ["finish_refocus"]
+__all__ = ["finish_refocus", "write_refocus"]
 
 _PARITY = 2e-4  # largest difference from torch: a twentieth of a grey level of 8 bits
 _PARITY_PAIRS = 8
@@ -58,7 +58,7 @@ def finish_refocus(
         multiple=net.multiple,
     )
     card = card.model_copy(update={"shots": shots})
-    _write(net, card, path)
+    write_refocus(net, card, path)
     model = RefocusModel(path)
     truths = Truths(checked, options.pairs.truth, run / "fusion")
     looked_at = validation_pairs(
@@ -89,10 +89,11 @@ def finish_refocus(
             "metrics": metrics,
         }
     )
-    return card, lambda final: _write(net, final, path), {"parity": parity}
+    return card, lambda final: write_refocus(net, final, path), {"parity": parity}
 
 
-def _write(net: RefocusNet, card: ModelCard, path: Path) -> None:
+def write_refocus(net: RefocusNet, card: ModelCard, path: Path) -> None:
+    """Write a net with its card, not sealed; see `mm_autofocus.models.card_parts.Shots`."""
     import torch
     from torch import Tensor, nn
 

@@ -140,7 +140,7 @@ class NafNet(RefocusNet):
     def recover(self, shots: Tensor, side: Tensor) -> Tensor:
         """Of two shots."""
         c = self.context.channels
-        n = len(shots)
+        n = shots.shape[0]  # not len, which the export would take for a constant
         # both shots go through the same path, as one batch
         x = F.pixel_unshuffle(torch.cat((shots[:, :c], shots[:, c:])), 2)
         x = self.stem(x)
