@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mm_autofocus.errors import InputError
+from mm_autofocus.measure import FocusMeasure
 from mm_autofocus.models.fusion import fuse, sharper_of
 from mm_autofocus.training import Dataset
 from mm_autofocus.training.augment import AugmentOptions
@@ -182,3 +183,14 @@ def test_planes_without_detail_are_averaged() -> None:
     assert fuse(planes).std() < 0.75 * planes[0].std()
     with pytest.raises(InputError, match="must be"):
         fuse(planes[0])
+
+
+def test_the_run_and_the_model_call_the_same_shot_the_sharper() -> None:
+    measure = FocusMeasure()
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        lower, upper = rng.random((2, 3, 48, 64)).astype(np.float32)
+        scores = [
+            measure.score(measure.grey(s.transpose(1, 2, 0).copy())) for s in (lower, upper)
+        ]
+        assert sharper_of(lower, upper) == (1 if scores[0] >= scores[1] else -1)

@@ -20,6 +20,7 @@ from mm_autofocus.metrics import brenner
 from mm_autofocus.models import ood
 from mm_autofocus.models.card import ModelCard, Shots, bits_of
 from mm_autofocus.models.frames import Frames, saturation
+from mm_autofocus.models.fusion import grey_of
 from mm_autofocus.models.onnx_net import OnnxFile
 from mm_autofocus.models.patches import grid
 
@@ -407,10 +408,10 @@ def summary(toward: Real, sd: Real) -> tuple[float, float]:
 
 
 def _sharpness(shot: Image, limit: float) -> float:
-    """Brenner's measure of the mean of the channels, strip by strip."""
+    """Brenner's measure of the grey values, strip by strip."""
     total = 0.0
     for y in range(0, len(shot), _STRIP_PX):
-        grey = _channels_first(shot[y : y + _STRIP_PX], limit).mean(0)
+        grey = grey_of(_channels_first(shot[y : y + _STRIP_PX], limit))
         total += len(grey) * brenner(grey)
     return total / len(shot)
 
