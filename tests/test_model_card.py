@@ -70,7 +70,12 @@ BAD = {
         "card.importance.k.dens: unknown key (did you mean 'dense'?); allowed: dense, sparse",
     ),
     "channels": ({"channels": 2}, "card.channels: 2 is not allowed: must be 1 or 3"),
-    "task": ({"task": "refocus"}, "card.task: 'refocus' is not allowed: must be 'defocus'"),
+    "task": ({"task": "defocuss"}, "card.task: 'defocuss' is not allowed: must be 'defocus'"),
+    "refocus without shots": ({"task": "refocus"}, "card.shots: is missing with the task"),
+    "shots without refocus": (
+        {"shots": {"half_um": [1, 2], "halo_px": 8}},
+        "card.shots: is not allowed with the task 'defocus'",
+    ),
     "text": ({"patch_px": "224"}, "card.patch_px: '224' is not allowed: must be a number"),
     "patch": ({"patch_px": 4}, "card.patch_px: 4 is not allowed: must be greater than"),
     "range": ({"z_range_um": [25, -25]}, "card.z_range_um: 25 is not below -25"),

@@ -10,7 +10,13 @@ import pytest
 import yaml
 from mm_autofocus.errors import InputError
 from mm_autofocus.models import importing
-from mm_autofocus.models.importing import check_against, load_model, model_names, shipped_models
+from mm_autofocus.models.importing import (
+    check_against,
+    load_any,
+    load_model,
+    model_names,
+    shipped_models,
+)
 from mm_autofocus.models.runtime import CallableModel, OnnxModel
 from mm_autofocus.registry import MODELS
 from mm_autofocus.types import Optics
@@ -56,8 +62,13 @@ def shipped(monkeypatch, tmp_path):
 
 
 def test_all_that_is_shipped_loads_and_is_sealed():
+    tasks = set()
     for name in shipped_models():
-        assert load_model(name).card.sealed
+        card = load_any(name).card
+        assert card.sealed
+        assert card.name == name
+        tasks.add(card.task)
+    assert tasks == {"defocus", "refocus"}
 
 
 def test_a_shipped_model_by_name(shipped):
