@@ -150,6 +150,8 @@ def run_demo(
     sequence = load_plan(plan, strategy=strategy, overrides={**own, **overrides})
     asked = settings_of(sequence)
     two_shot = asked is not None and asked.strategy == "two-shot"
+    if refocus_model is not None and not two_shot:
+        raise InputError("--refocus-model: needs --strategy two-shot")
     recovers = need_model(refocus_model) if two_shot else None
     try:
         output.mkdir(parents=True, exist_ok=True)

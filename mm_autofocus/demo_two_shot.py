@@ -109,8 +109,15 @@ def need_model(model: str | None) -> str:
     Raises
     ------
     InputError
-        It is not there. Nothing has been moved yet.
+        It, or scikit-image, is not there. Nothing has been moved yet.
     """
+    try:
+        import skimage  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "--strategy two-shot compares with the truth by scikit-image, which is not "
+            "installed: pip install mm-autofocus[demo]"
+        ) from None
     from mm_autofocus.refocusing import DEFAULT_MODEL
     from mm_autofocus.refocusing.running import load_chosen
 
@@ -139,8 +146,8 @@ def recover(
     exposures : mapping
         Number of the position to one of its exposures.
     rows : sequence of mapping
-        Of the tiles, as the demo has them: ``focus_um`` is what the stage would have had to
-        read.
+        Of the tiles, as the demo has them: ``true_defocus_um`` is of that exposure,
+        ``focus_um`` what the stage would have had to read.
 
     Raises
     ------
@@ -183,13 +190,14 @@ def recover(
         row["reasons"] = list(of_pair["reasons"])
         if of_pair["focus_um"] is not None and f is not None:
             row["told_offset_um"] = of_pair["focus_um"] - f
-        truth = frame_in_focus(scope, exposures[image.index["p"]])
-        if truth is None:
+        if row["true_defocus_um"] is None:  # a blank field
             continue
+        exposure = exposures[image.index["p"]]
+        truth = frame_in_focus(scope, exposure, row["true_defocus_um"])
         z = 0 if of_pair["sharper"] == "lower" else 1
         sharper = read_plane(raw, number, z=z, record=shots)
         recovered = read_plane(output, at[image.name], record=fused)
-        limit = float(2 ** exposures[image.index["p"]].camera["bit_depth"] - 1)
+        limit = float(2 ** exposure.camera["bit_depth"] - 1)
         row["psnr_identity_db"] = psnr_db(sharper, truth, limit)
         row["psnr_db"] = psnr_db(recovered, truth, limit)
         row["ssim"] = ssim(recovered, truth, limit)

@@ -119,11 +119,7 @@ def evaluate_model(
         return _evaluate_refocus(judged, dataset, part, baselines, limit, output, quiet=quiet)
     judges, searches, zero = _baselines(baselines, judged)
     data = Dataset.open(dataset)
-    stacks, name, notes = _stacks(data, part, judged.card)
-    if limit is not None and limit < len(stacks):
-        notes.append(f"{limit} of {len(stacks)} stacks, spread evenly (--limit).")
-        chosen = np.linspace(0, len(stacks) - 1, limit).round().astype(int)
-        stacks = [stacks[i] for i in chosen]
+    stacks, name, notes = _stacks(data, part, judged.card, limit)
     for stack in stacks:  # before the first of them takes its time
         check_stack(judged, stack)
     with _progress(len(stacks), quiet) as on_stack:
@@ -210,11 +206,7 @@ def _evaluate_refocus(
 
     need_images()
     data = Dataset.open(dataset)
-    stacks, name, notes = _stacks(data, part, judged.card)
-    if limit is not None and limit < len(stacks):
-        notes.append(f"{limit} of {len(stacks)} stacks, spread evenly (--limit).")
-        chosen = np.linspace(0, len(stacks) - 1, limit).round().astype(int)
-        stacks = [stacks[i] for i in chosen]
+    stacks, name, notes = _stacks(data, part, judged.card, limit)
     halves = halves_within(*judged.shots.half_um)
     known, others = _refocus_baselines(names)
     for one in (judged, *others.values()):  # before the first of them takes its time
@@ -351,7 +343,7 @@ def _print_refocus(found: RefocusEvaluation, console: Console) -> None:
 
 
 def _stacks(
-    data: Dataset, part: str | None, card: ModelCard
+    data: Dataset, part: str | None, card: ModelCard, limit: int | None
 ) -> tuple[list[Stack], str, list[str]]:
     """The stacks to judge by, the name of their part, and what a reader must know of it."""
     notes = []
@@ -375,6 +367,10 @@ def _stacks(
     refused = len(data) - len(data.labelled)
     if refused and part == ALL:
         notes.append(f"{refused} stacks have no label and cannot be used.")
+    if limit is not None and limit < len(stacks):
+        notes.append(f"{limit} of {len(stacks)} stacks, spread evenly (--limit).")
+        chosen = np.linspace(0, len(stacks) - 1, limit).round().astype(int)
+        stacks = tuple(stacks[i] for i in chosen)
     return list(stacks), part, notes
 
 

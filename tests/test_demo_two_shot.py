@@ -77,3 +77,14 @@ def test_a_model_that_cannot_recover_is_refused_before_anything_is_done(
         assert e.value.code == 2
         assert model in capsys.readouterr().err
         assert not output.exists()
+
+
+def test_a_model_that_nothing_would_use_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit) as e:
+        cli.main(["demo", "-o", str(output), "--refocus-model", "tsva-slide20x"])
+    assert e.value.code == 2
+    assert "--refocus-model: needs --strategy two-shot" in capsys.readouterr().err
+    assert not output.exists()

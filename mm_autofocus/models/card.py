@@ -247,6 +247,25 @@ class ModelCard(Strict):
         InputError
             Wrong channels, less than one patch, another bit depth or pixel size.
         """
+        self.check_camera(shape, max_value=max_value, pixel_size_um=pixel_size_um)
+        least = round(self.patch_px / self.scale_from(pixel_size_um))
+        if min(shape[:2]) < least:
+            raise InputError(
+                f"model {self.name!r}: a frame of {shape[1]} × {shape[0]} pixels is less than "
+                f"one patch of {least}"
+            )
+
+    def check_camera(
+        self,
+        shape: tuple[int, ...],
+        *,
+        max_value: float | None = None,
+        pixel_size_um: float | None = None,
+    ) -> None:
+        """Refuse frames of other channels, another bit depth or pixel size; of any extent.
+
+        Parameters and errors are those of `check_frame`.
+        """
         self.check_shape(shape)
         bits = bits_of(max_value)
         if self.bit_depths and bits is not None and bits not in self.bit_depths:
@@ -257,12 +276,6 @@ class ModelCard(Strict):
             )
         if why := self.check_pixel_size(pixel_size_um):
             raise InputError(f"model {self.name!r}: {why}")
-        least = round(self.patch_px / self.scale_from(pixel_size_um))
-        if min(shape[:2]) < least:
-            raise InputError(
-                f"model {self.name!r}: a frame of {shape[1]} × {shape[0]} pixels is less than "
-                f"one patch of {least}"
-            )
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse an image whose axes or channels are not the model's."""

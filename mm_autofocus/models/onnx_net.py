@@ -115,12 +115,16 @@ class OnnxFile:
                 f"missing); {', '.join(self.providers)} would be used instead"
             )
         self.card = self._card(card, path, data)
+        self._bind()
 
     @property
     def providers(self) -> list[str]:
         """Those in use."""
         names = {full: name for name, full in PROVIDERS.items()}
         return [names.get(p, p) for p in self._session.get_providers()]
+
+    def _bind(self) -> None:
+        """Find what the card names; a subclass knows what that is."""
 
     def _run(self, names: Sequence[str], feeds: dict[str, Real]) -> list[Any]:
         try:
@@ -176,19 +180,6 @@ class OnnxNet(OnnxFile):
     batch : int | None
         Patches per run; None: all at once.
     """
-
-    def __init__(
-        self,
-        source: Path | str | bytes,
-        card: ModelCard | None = None,
-        *,
-        providers: Sequence[str] | None = None,
-        threads: int = 1,
-    ) -> None:
-        super().__init__(source, card, providers=providers, threads=threads)
-        self._check_task("defocus")
-        self.batch: int | None = _CPU_BATCH if self.providers == ["cpu"] else None
-        self._bind()
 
     def patches(self, x: Real) -> tuple[Real, Real | None]:
         """Answers ``(N,)`` and standard deviations for patches ``(N, C, P, P)``."""
@@ -246,6 +237,8 @@ class OnnxNet(OnnxFile):
 
     def _bind(self) -> None:
         """Find the inputs and outputs that the card names, and what the idle half is fed."""
+        self._check_task("defocus")
+        self.batch: int | None = _CPU_BATCH if self.providers == ["cpu"] else None
         card, rule = self.card, self.card.importance
         inputs = {i.name: i for i in self._session.get_inputs()}
         outputs = [o.name for o in self._session.get_outputs()]

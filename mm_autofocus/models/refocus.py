@@ -8,9 +8,8 @@ Only one tile at a time is floats; the frames stay as the camera gave them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from mm_autofocus.errors import InputError
 from mm_autofocus.metrics import brenner
 from mm_autofocus.models import ood
-from mm_autofocus.models.card import ModelCard, Shots, bits_of
+from mm_autofocus.models.card import Shots
 from mm_autofocus.models.frames import Frames, saturation
 from mm_autofocus.models.fusion import grey_of
 from mm_autofocus.models.onnx_net import OnnxFile
@@ -131,15 +130,8 @@ class RefocusModel(OnnxFile):
     another task is refused, too.
     """
 
-    def __init__(
-        self,
-        source: Path | str | bytes,
-        card: ModelCard | None = None,
-        *,
-        providers: Sequence[str] | None = None,
-        threads: int = 1,
-    ) -> None:
-        super().__init__(source, card, providers=providers, threads=threads)
+    def _bind(self) -> None:
+        """Find what the card names."""
         self._check_task("refocus")
         inputs = [i.name for i in self._session.get_inputs()]
         outputs = [o.name for o in self._session.get_outputs()]
@@ -192,19 +184,9 @@ class RefocusModel(OnnxFile):
         InputError
             Wrong channels, another bit depth or pixel size, ΔD out of range.
         """
-        card = self.card
-        card.check_shape(shape)
-        bits = bits_of(max_value)
-        if card.bit_depths and bits is not None and bits not in card.bit_depths:
-            allowed = " or ".join(map(str, card.bit_depths))
-            raise InputError(
-                f"model {card.name!r}: frames of {bits} bits are not allowed: it was trained "
-                f"on {allowed}"
-            )
-        if why := card.check_pixel_size(pixel_size_um):
-            raise InputError(f"model {card.name!r}: {why}")
+        self.card.check_camera(shape, max_value=max_value, pixel_size_um=pixel_size_um)
         if half_um is not None and (why := self.why_not_half(half_um)):
-            raise InputError(f"model {card.name!r}: {why}")
+            raise InputError(f"model {self.card.name!r}: {why}")
 
     def check_type(self, dtype: str) -> None:
         """Raise `InputError` for pixels that no camera of ours gives."""

@@ -227,7 +227,9 @@ def defocus_um(
     return None if focus is None else z - focus
 
 
-def frame_in_focus(scope: Microscope, exposure: Exposure) -> npt.NDArray[Any] | None:
+def frame_in_focus(
+    scope: Microscope, exposure: Exposure, defocus_um: float
+) -> npt.NDArray[Any]:
     """What the camera would have given of the same field in focus and without noise.
 
     Parameters
@@ -236,15 +238,14 @@ def frame_in_focus(scope: Microscope, exposure: Exposure) -> npt.NDArray[Any] | 
         The microscope, its camera and lens as they were.
     exposure : Exposure
         One of ``scope.exposures``.
+    defocus_um : float
+        Of that frame, as :func:`defocus_um` tells it.
 
     Returns
     -------
-    numpy.ndarray | None
-        Of the shape and type of the frame; None if the field is blank (by measure).
+    numpy.ndarray
+        Of the shape and type of the frame.
     """
-    focus = measured_focus_um(scope, view=exposure.view)
-    if focus is None:
-        return None
-    parfocal = scope.objectives[scope.objective].parfocal_um
-    light = scope.renderer.image(exposure.view, focus - parfocal)
+    z = exposure.z_um - exposure.parfocal_um - defocus_um
+    light = scope.renderer.image(exposure.view, z)
     return scope.camera.expose(light, frame=None, **exposure.camera)

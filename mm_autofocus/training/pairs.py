@@ -9,6 +9,7 @@ the seed, the epoch and their number. No torch here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = [
     "Pair",
     "PairSource",
     "Truths",
+    "decibels",
     "draw_pair",
     "pair_near",
     "read_pair",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _TRIES = 50
+_LEAST_SQUARE = 1e-9
 _TRUTH_STEPS = 0.75  # of the planes' distance: how far off focus a truth may be
 
 
@@ -84,6 +87,11 @@ class Pair:
             1: from the lower one; -1: from the upper one.
         """
         return -self.lower_um if side > 0 else self.upper_um
+
+
+def decibels(square: npt.NDArray[np.float64] | float) -> npt.NDArray[np.float64]:
+    """PSNR of mean square errors in parts of the range; 90 dB at most."""
+    return -10 * np.log10(np.maximum(square, _LEAST_SQUARE))
 
 
 def pair_near(
@@ -134,12 +142,18 @@ class Truths:
         # three suffice: at most two of them are the shots
         self.best = [np.abs(f.stack.defocus_um).argsort(kind="stable")[:3] for f in fields]
 
+    def plane(self, pair: Pair) -> int | None:
+        """Number of the plane that is the truth of a pair; None if there are but the shots."""
+        shots = (pair.lower, pair.upper)
+        return next((int(k) for k in self.best[pair.field] if k not in shots), None)
+
     def crop(self, pair: Pair, y: int, x: int, height: int, width: int) -> Real:
         """Read ``(C, height, width)`` float32 in 0 … 1 of the truth of a pair."""
         of = self.fields[pair.field]
         if self.kind == "plane":
-            shots = (pair.lower, pair.upper)
-            best = next(int(k) for k in self.best[pair.field] if k not in shots)
+            best = self.plane(pair)
+            if best is None:
+                raise InputError(f"{of.stack.file}: has no plane beside the two shots")
             return read_planes(self.reader, of, [best], y, x, height, width)
         file = self.folder / f"{'-'.join(map(str, of.stack.key)).replace('/', '_')}.npy"
         if not file.is_file():
@@ -148,7 +162,7 @@ class Truths:
             looks = read_planes(self.reader, of, planes, 0, 0, rows, columns)
             fused = fuse(looks.reshape(len(planes), -1, rows, columns))
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(f".{np.random.default_rng().integers(1 << 30)}.new")
+            temporary = file.with_suffix(f".{os.getpid()}.new")
             with temporary.open("wb") as f:
                 np.save(f, fused)
             temporary.replace(file)  # whichever process comes last: they are the same

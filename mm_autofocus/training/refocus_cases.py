@@ -178,7 +178,7 @@ def cases_of(
                 if pair is None or (pair.lower, pair.upper) in taken:
                     continue
                 taken.add((pair.lower, pair.upper))
-                best = _truth_plane(truths, pair) if truth == "plane" else None
+                best = truths.plane(pair) if truth == "plane" else None
                 if truth == "plane" and best is None:
                     continue
                 sharp = truths.crop(pair, 0, 0, height, width)
@@ -202,9 +202,3 @@ def cases_of(
                         optics,
                     ),
                 )
-
-
-def _truth_plane(truths: Truths, pair: Pair) -> int | None:
-    """Which plane `Truths` takes; None if there is none beside the shots."""
-    shots = (pair.lower, pair.upper)
-    return next((int(k) for k in truths.best[pair.field] if k not in shots), None)

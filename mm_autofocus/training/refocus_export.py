@@ -14,7 +14,7 @@ from mm_autofocus.models.card import ModelCard, Shots
 from mm_autofocus.models.patches import mosaic
 from mm_autofocus.models.refocus import RefocusModel, summary
 from mm_autofocus.training.graph import write_graph
-from mm_autofocus.training.pairs import Truths, draw_pair, read_pair, validation_pairs
+from mm_autofocus.training.pairs import Truths, decibels, draw_pair, read_pair, validation_pairs
 
 if TYPE_CHECKING:
     from mm_autofocus.models.nets.base import NetContext
@@ -178,7 +178,7 @@ def _judge(
         known = (np.array([v], np.float32) for v in (side, pair.half_um))
         image, toward, sd = model.run(given, *known)
         for found, of in ((before, shots[:c]), (after, image[0].clip(0, 1))):
-            found.append(-10 * np.log10(max(float(np.square(of - truth).mean()), 1e-9)))
+            found.append(float(decibels(float(np.square(of - truth).mean()))))
         if toward is not None and sd is not None:
             middle, typical = summary(toward.ravel(), sd.ravel())
             error.append(abs(middle - pair.toward_um(side)))

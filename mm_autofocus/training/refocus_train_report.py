@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from mm_autofocus.page import plot, png, section
+from mm_autofocus.training.pairs import decibels
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -112,7 +113,7 @@ def _gain(pairs: Floats) -> Figure:
 
     figure = Figure(figsize=(10.5, 3.4), layout="constrained")
     gain, toward = figure.subplots(1, 2)
-    db = 10 * np.log10(np.maximum(pairs[:, 3], 1e-9) / np.maximum(pairs[:, 4], 1e-9))
+    db = decibels(pairs[:, 4]) - decibels(pairs[:, 3])
     shown = gain.scatter(pairs[:, 1], db, c=np.abs(pairs[:, 2]), s=8, cmap="viridis")
     figure.colorbar(shown, ax=gain, label="middle off focus (µm)")
     gain.axhline(0, color="#888888", lw=1)
@@ -151,7 +152,7 @@ def _examples(
             image = net(given, *known).image[0].numpy()
         truth = validation.truths.crop(pair, y, x, p, p)
         strip = np.concatenate((shots[:c], image, truth), 2)
-        before, after = (-10 * np.log10(max(pairs[i, k], 1e-9)) for k in (3, 4))
+        before, after = decibels(pairs[i, 3]), decibels(pairs[i, 4])
         text = (
             f"{of.stack.group}: shots at {pair.lower_um:+.1f} and {pair.upper_um:+.1f} µm; "
             f"sharper shot {before:.1f} dB, recovered {after:.1f} dB, and the plane in focus"

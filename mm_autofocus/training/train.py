@@ -153,7 +153,10 @@ def prepare(
         if not stacks:
             raise InputError(f"{dataset.path}: no labelled stack in its {part} part")
     refocus = NETS.get(options.model).task == "refocus"
-    context = (_pair_context if refocus else _look_context)(learn, options)
+    context = _pair_context(learn, options) if refocus else _look_context(learn, options)
+    if refocus:  # before anything is written: every stack must have two planes for shots
+        for stack in (*learn, *check):
+            draw_pair(stack, options.pairs, np.random.default_rng(0))
     net = build_net(options.model, context, options.net)  # its options are checked here
     identity = {
         "model": options.model,
@@ -225,8 +228,7 @@ def _pair_context(learn: tuple[Stack, ...], options: TrainOptions) -> NetContext
     Raises
     ------
     InputError
-        Looks or a range are given, which are those of other nets; a stack has no two planes
-        that lie as the shots do.
+        Looks or a range are given, which are those of other nets.
     """
     from mm_autofocus.models.nets.base import NetContext
 
@@ -236,8 +238,6 @@ def _pair_context(learn: tuple[Stack, ...], options: TrainOptions) -> NetContext
                 f"{key}: is not allowed with the model {options.model!r}, which takes two "
                 "shots; pairs.half_um and pairs.focus_most_um say how they lie"
             )
-    for stack in learn:
-        draw_pair(stack, options.pairs, np.random.default_rng(0))
     most = options.pairs.focus_most_um
     return NetContext(
         channels=3 if learn[0].is_rgb else 1,

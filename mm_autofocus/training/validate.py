@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mm_autofocus.training.fields import Field, read_looks
-from mm_autofocus.training.pairs import Pair, Truths, read_pair
+from mm_autofocus.training.pairs import Pair, Truths, decibels, read_pair
 from mm_autofocus.training.planes import PlaneReader
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class RefocusValidation:
             [(q.field, q.half_um, q.middle_um) for q, _, _ in self.items], np.float64
         )
         rows = np.concatenate((rows, predicted), 1)
-        before, after = (-10 * np.log10(np.maximum(rows[:, k], 1e-9)) for k in (3, 4))
+        before, after = decibels(rows[:, 3]), decibels(rows[:, 4])
         figures = {
             "psnr_db": float(after.mean()),
             "identity_db": float(before.mean()),
