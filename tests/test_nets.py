@@ -16,10 +16,13 @@ from mm_autofocus.models.nets import NETS, build_net  # noqa: E402
 from mm_autofocus.models.nets.base import NetContext, Output, Standardise  # noqa: E402
 from mm_autofocus.models.nets.heads import BinsHead, GaussianHead, make_head  # noqa: E402
 from mm_autofocus.models.nets.physics import (  # noqa: E402
+    CrossSpectra,
     OtfMatch,
     RadialSpectrum,
+    Rings,
     defocus_otf,
 )
+from mm_autofocus.models.nets.sparsefocus import SparseFocus, SparseFocusOptions  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -68,8 +71,8 @@ def test_a_net_answers_and_learns(name, looks, channels) -> None:
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_a_net_can_fit_a_handful_of_patches(name) -> None:
-    options = {"physics": False} if name == "pg-dcn" else {}  # it needs larger patches
-    net = small(name, standardise="concat", **options)
+    larger = {"pg-dcn": {"physics": False}, "sparsefocus": {"spectra": 0}}  # they need these
+    net = small(name, standardise="concat", **larger.get(name, {}))
     x = torch.rand(6, 1, 64, 64)
     defocus = torch.linspace(-8, 8, 6)
     for k in range(6):  # something to see
@@ -234,15 +237,63 @@ def test_the_spectrum_has_its_peak_where_the_wave_is() -> None:
             assert spectrum.frequency[int(rings.argmax())] == periods / 32
     a = torch.rand(1, 1, 64, 64)
     by_numpy = 0.0
-    window = spectrum.window.numpy()
+    window = spectrum.rings.window.numpy()
     for y in (0, 32):
         for z in (0, 32):
             tile = a[0, 0, y : y + 32, z : z + 32].numpy()
             by_numpy = by_numpy + np.abs(np.fft.rfft2((tile - tile.mean()) * window)) ** 2 / 4
-    masks = spectrum.masks.numpy()
+    masks = spectrum.rings.masks.numpy()
     np.testing.assert_allclose(
-        spectrum(a)[0, 0].exp().numpy(), masks @ by_numpy.ravel() + 1e-6, rtol=1e-3
+        spectrum(a)[0, 0].exp().numpy(), masks @ by_numpy.T.ravel() + 1e-6, rtol=1e-3
     )
+
+
+@pytest.mark.parametrize(
+    ("looks", "channels", "pairs"), [(1, 1, 0), (1, 3, 3), (2, 1, 1), (2, 3, 9)]
+)
+def test_spectra_of_planes_and_between_them(looks, channels, pairs) -> None:
+    px, planes = 64, looks * channels
+    spectra = CrossSpectra(looks, channels, px)
+    rings = 7  # of a tile of 16 pixels
+    assert spectra.features == 3 * rings * (planes + pairs)
+    rng = np.random.default_rng(0)
+    noise = torch.from_numpy(0.05 * rng.standard_normal((64, planes, px, px), np.float32))
+    found = spectra(noise).reshape(64, 3, planes + pairs, rings).exp().numpy()
+    # white noise: its variance at the finest scale, a 4th and a 16th where 4, 16 are averaged
+    power = found[:, :, :planes].mean((0, 2, 3))
+    np.testing.assert_allclose(power, 0.05**2 / np.array([1, 4, 16]), rtol=0.1)
+    apart = np.log(found[:, :, planes:])
+    if pairs:
+        assert abs(apart.mean()) < 0.02  # independent planes
+        alike = noise[:, :1].expand(-1, planes, -1, -1) * torch.linspace(-1, 1, planes)[
+            :, None, None
+        ].sub(0.1)
+        same = spectra(alike).reshape(64, 3, planes + pairs, rings)[:, :, planes:]
+        signs = np.sign([(a - 0.1) * (b - 0.1) for a, b in _pairs(spectra, planes)])
+        np.testing.assert_allclose(same.mean((0, 1, 3)).numpy(), signs, atol=0.02)
+
+
+def test_the_transform_of_a_graph_is_the_fast_one() -> None:
+    for size in (16, 25):
+        rings = Rings(size)
+        tiles = torch.rand(2, 3, 4, size, size)
+        both = torch.fft.rfft2(tiles).transpose(3, 4)
+        real, imaginary = rings.by_matrices(tiles)
+        torch.testing.assert_close(real, both.real, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(imaginary, both.imag, rtol=1e-4, atol=1e-4)
+
+
+def _pairs(spectra: CrossSpectra, planes: int) -> list[tuple[float, float]]:
+    at = np.linspace(-1, 1, planes)
+    return [(at[a], at[b]) for a, b in zip(spectra.first, spectra.second, strict=True)]
+
+
+def test_spectra_need_whole_patches() -> None:
+    net = SparseFocus(NetContext(patch_px=64), SparseFocusOptions())
+    with pytest.raises(InputError, match=r"train_px: 48 is less than patch_px, 64"):
+        net(torch.zeros(2, 1, 48, 48))
+    published = SparseFocus(NetContext(patch_px=64), SparseFocusOptions(spectra=0))
+    assert published(torch.zeros(2, 1, 48, 48)).defocus.shape == (2,)
 
 
 @pytest.mark.parametrize("looks", [(0.0,), (0.0, 4.0)])

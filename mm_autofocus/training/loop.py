@@ -187,6 +187,11 @@ class _Loop:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         names = batch.pop("field")
+        # What a net drops is, as the samples are, a function of the seed and the step: a run
+        # that was killed goes on exactly where it was.
+        number = where.epoch * self.steps + where.step
+        turn = number * self.fabric.world_size + self.fabric.global_rank
+        torch.manual_seed((self.options.seed << 32) + turn)
         losses = self.step(self.fabric.to_device(batch))
         loss = cast("Tensor", sum(losses.values()))
         seen = cast("Tensor", self.fabric.all_reduce(loss.detach(), reduce_op="mean"))
@@ -324,7 +329,6 @@ class _Loop:
             state |= {
                 "training": self.net.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
-                "rng": torch.get_rng_state(),
                 "where": {k: getattr(where, k) for k in _Where.__slots__},
             }
         save_checkpoint(self.job.run / name, state)
@@ -335,7 +339,6 @@ class _Loop:
         net.load_state_dict(state["training"])
         self.averaged.load_state_dict(state["weights"])
         optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["rng"])
         self.where = _Where(**state["where"])
         self.figures = state["figures"]
 

@@ -17,9 +17,10 @@ in part.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,6 +52,7 @@ class PgDcnOptions(SparseFocusOptions):
     """
 
     head: Literal["gaussian"] = "gaussian"
+    spectra: Annotated[int, Field(ge=0, le=2048)] = 0  # `physics` reads them
     shared: bool = True
     physics: bool = True
     physics_weight: float = 0.1
@@ -64,7 +66,7 @@ class PgDcn(DefocusNet):
     def __init__(self, context: NetContext, options: PgDcnOptions) -> None:
         super().__init__(context, options)
         self.match = OtfMatch(context) if options.physics else None
-        trunks = [Dpn(context.in_channels, options) for _ in range(1 if options.shared else 3)]
+        trunks = [Dpn(context, options) for _ in range(1 if options.shared else 3)]
         self.trunks = nn.ModuleList(trunks)
         width = trunks[0].features + (self.match.features if self.match else 0)
         self.direction = _mlp(width, 1)

@@ -18,6 +18,7 @@ features say how far, never which way. For two looks they say both.
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,14 +26,16 @@ import torch
 from scipy.special import j1
 from torch import Tensor, nn
 
+from mm_autofocus.errors import InputError
 from mm_autofocus.models.nets.base import NetContext, count_of, full_precision
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["OtfMatch", "RadialSpectrum", "defocus_otf"]
+__all__ = ["CrossSpectra", "OtfMatch", "RadialSpectrum", "Rings", "defocus_otf"]
 
 _TILE = 32
+_LEAST_POWER = 1e-8  # noise of a good camera, at 1 for white: some 1e-5
 _FLOOR = 1e-3  # of the OTF: behind its zeros noise and aberrations leave something
 
 
@@ -70,24 +73,38 @@ def defocus_otf(
     return out
 
 
-class RadialSpectrum(nn.Module):
-    """Logarithm of the mean power spectrum of tiles, by rings of equal frequency.
+class Rings(nn.Module):
+    """Fourier transform of tiles, and means over rings of equal frequency.
 
-    The Fourier transform is two products with constant matrices, which every runtime of
-    ONNX knows. Frequencies in periods per pixel are in `frequency`.
+    In an exported graph the transform is two products with constant matrices, which every
+    runtime of ONNX knows.
+
+    Parameters
+    ----------
+    tile : int
+        Edge of a tile in pixels.
+    unit : bool
+        Whether the window is scaled so that white noise of variance v has power v.
+
+    Attributes
+    ----------
+    frequency : numpy.ndarray
+        ``(rings,)``, in periods per pixel: all but the mean and the highest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tile: int, *, unit: bool = False) -> None:
         super().__init__()
-        n, half = _TILE, _TILE // 2 + 1
+        n, half = tile, tile // 2 + 1
         at = np.arange(n)
         phase = 2 * math.pi * np.outer(np.arange(n), at) / n
         window = np.hanning(n + 2)[1:-1]
-        fx, fy = np.meshgrid(np.arange(half) / n, np.minimum(at, n - at) / n)
+        if unit:
+            window = window / (math.sqrt(np.square(window).mean() * n))
+        fy, fx = np.meshgrid(np.minimum(at, n - at) / n, np.arange(half) / n)
         ring = np.rint(np.hypot(fx, fy) * n).astype(int)
-        rings = np.arange(1, n // 2)
+        rings = np.arange(1, (n + 1) // 2)
         masks = np.stack([(ring == r) / max((ring == r).sum(), 1) for r in rings])
-        self.frequency = rings / n
+        self.tile, self.frequency = tile, rings / n
         for name, value in (
             ("cosine", np.cos(phase)),
             ("sine", np.sin(phase)),
@@ -96,24 +113,149 @@ class RadialSpectrum(nn.Module):
         ):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, P, P)`` to ``(N, C, rings)``; P is cut to a multiple of 32."""
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(N, C, P, P)`` to real and imaginary parts, each ``(N, C, tiles, T // 2 + 1, T)``.
+
+        P is cut to a multiple of the tile. Each tile loses its mean and is windowed.
+        """
         n, c = x.shape[:2]
-        rows, columns = x.shape[2] // _TILE, x.shape[3] // _TILE
-        tiles = x[:, :, : rows * _TILE, : columns * _TILE].float()
-        tiles = tiles.reshape(n, c, rows, _TILE, columns, _TILE).transpose(3, 4)
-        tiles = tiles.reshape(n, c, rows * columns, _TILE, _TILE)
+        size = self.tile
+        rows, columns = x.shape[2] // size, x.shape[3] // size
+        tiles = x[:, :, : rows * size, : columns * size].float()
+        tiles = tiles.reshape(n, c, rows, size, columns, size).transpose(3, 4)
+        count = rows * columns
+        tiles = tiles.reshape(n, c, count, size, size)
         window: Tensor = self.window  # type: ignore[assignment]
         tiles = (tiles - tiles.mean((3, 4), keepdim=True)) * window
-        half = _TILE // 2 + 1
-        cosine, sine = self.cosine, self.sine
-        right_cos, right_sin = cosine[:, :half], sine[:, :half]  # type: ignore[index]
-        along_cos, along_sin = tiles @ right_cos, tiles @ right_sin
-        real = cosine @ along_cos - sine @ along_sin  # type: ignore[operator]
-        imaginary = cosine @ along_sin + sine @ along_cos  # type: ignore[operator]
-        power = (real.square() + imaginary.square()).mean(2)
-        rings = power.reshape(n, c, -1) @ self.masks.t()  # type: ignore[operator]
-        return (rings + 1e-6).log()
+        if not torch.jit.is_tracing():
+            both = torch.fft.rfft2(tiles).transpose(3, 4)
+            return both.real.contiguous(), both.imag.contiguous()
+        return self.by_matrices(tiles)
+
+    def by_matrices(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of windowed tiles ``(N, C, tiles, T, T)``, as a graph can hold it.
+
+        Four times as slow as the fast transform of torch, of which ONNX knows nothing that
+        all its runtimes support.
+        """
+        n, c, count, size = tiles.shape[:4]
+        half = size // 2 + 1
+        cosine: Tensor = self.cosine  # type: ignore[assignment]
+        sine: Tensor = self.sine  # type: ignore[assignment]
+        # Plain matrices, and no -1 for their rows: ONNX Runtime takes an empty batch then.
+        lines = tiles.reshape(n * c * count * size, size)
+
+        def turned(along: Tensor) -> Tensor:
+            along = along.reshape(n * c * count, size, half).transpose(1, 2)
+            return along.reshape(n * c * count * half, size)
+
+        along_cos = turned(lines @ cosine[:, :half])
+        along_sin = turned(lines @ sine[:, :half])
+        real = along_cos @ cosine - along_sin @ sine
+        imaginary = -(along_sin @ cosine + along_cos @ sine)
+        shape = (n, c, count, half, size)
+        return real.reshape(shape), imaginary.reshape(shape)
+
+    def means(self, power: Tensor) -> Tensor:
+        """``(N, C, tiles, T // 2 + 1, T)`` to means ``(N, C, rings)`` over tiles and rings."""
+        n, c = power.shape[:2]
+        masks: Tensor = self.masks  # type: ignore[assignment]
+        # no -1: an empty batch would leave it open
+        rings: Tensor = power.mean(2).reshape(n, c, masks.shape[1]) @ masks.t()
+        return rings
+
+
+class RadialSpectrum(nn.Module):
+    """Logarithm of the mean power spectrum of tiles, by rings of equal frequency.
+
+    Frequencies in periods per pixel are in `frequency`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rings = Rings(_TILE)
+        self.frequency = self.rings.frequency
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, P, P)`` to ``(N, C, rings)``; P is cut to a multiple of 32."""
+        real, imaginary = self.rings.transform(x)
+        return (self.rings.means(real.square() + imaginary.square()) + 1e-6).log()
+
+
+class CrossSpectra(nn.Module):
+    """What the planes of a patch say together, ring by ring, at three scales.
+
+    Of each plane the logarithm of the power; of two planes of one look, or of one colour, the
+    coherence: the real part of their cross spectrum over the root of both powers, -1 … 1.
+    The zeros and ripples of the optical transfer function lie at frequencies that only
+    defocus and aperture decide, whatever the specimen. Between colours and between looks the
+    specimen drops out, and what is left knows the side of focus, too (axial colour, spherical
+    aberration, phase).
+
+    A quarter of a patch is a tile; at the coarsest scale, averaged over 4 × 4 pixels, the
+    whole patch is one. Far from focus the ripples are finer than a small tile resolves, and
+    lie at frequencies that the coarse scale still holds.
+
+    Parameters
+    ----------
+    looks, channels : int
+        A patch has `channels` planes of each look, look by look.
+    patch_px : int
+        Edge of a patch, at least 16.
+
+    Attributes
+    ----------
+    features : int
+        How many it returns.
+    """
+
+    scales = (1, 2, 4)
+
+    def __init__(self, looks: int, channels: int, patch_px: int) -> None:
+        super().__init__()
+        self.patch_px = patch_px
+        self.rings = Rings(patch_px // max(self.scales), unit=True)
+        planes = looks * channels
+        pairs = [
+            (a, b)
+            for a, b in combinations(range(planes), 2)
+            if a // channels == b // channels or a % channels == b % channels
+        ]
+        self.first, self.second = [a for a, _ in pairs], [b for _, b in pairs]
+        each = len(self.rings.frequency) * (planes + len(pairs))
+        self.features = len(self.scales) * each
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """``(N, C, P, P)`` in 0 … 1 to ``(N, F)``; P is at least that of the run time.
+
+        Raises
+        ------
+        InputError
+            The patches are smaller.
+        """
+        if not torch.jit.is_tracing() and min(patches.shape[2:]) < self.patch_px:
+            raise InputError(
+                f"train_px: {min(patches.shape[2:])} is less than patch_px, {self.patch_px}; "
+                "spectra need whole patches (or set net.spectra=0)"
+            )
+        with full_precision(patches):
+            x = patches.float()
+            n, each = x.shape[0], self.features // len(self.scales)
+            return torch.cat([self._at(x, scale).reshape(n, each) for scale in self.scales], 1)
+
+    def _at(self, x: Tensor, scale: int) -> Tensor:
+        """``(N, planes + pairs, rings)`` at one scale."""
+        real, imaginary = self.rings.transform(
+            nn.functional.avg_pool2d(x, scale) if scale > 1 else x
+        )
+        power = self.rings.means(real.square() + imaginary.square())
+        logarithm = (power + _LEAST_POWER).log()
+        if not self.first:
+            return logarithm
+        i, j = self.first, self.second
+        both = self.rings.means(real[:, i] * real[:, j] + imaginary[:, i] * imaginary[:, j])
+        root = (power[:, i] * power[:, j]).sqrt() + _LEAST_POWER
+        return torch.cat((logarithm, both / root), 1)
 
 
 class OtfMatch(nn.Module):

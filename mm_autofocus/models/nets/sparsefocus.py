@@ -9,14 +9,17 @@ chosen here for what two CPU cores can train in a night.
 
 What differs from the paper: the 7 × 7 convolutions are depthwise (with pointwise ones behind
 them, and ReLU: a third of the time of dense ones); the stem also sees standardised values;
-mean pooling stands beside max pooling; the head may be a distribution.
+mean pooling stands beside max pooling; the head may be a distribution. And beside what the
+convolutions find stand the spectra of the patch (`physics.CrossSpectra`): where the optical
+transfer function has its zeros tells how far focus is, however little the specimen helps.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mm_autofocus.models.nets.base import (
@@ -26,11 +29,17 @@ from mm_autofocus.models.nets.base import (
     NetOptions,
     Output,
     Standardise,
+    full_precision,
 )
 from mm_autofocus.models.nets.heads import make_head
+from mm_autofocus.models.nets.physics import CrossSpectra
 from mm_autofocus.models.patches import CELL_PX
 
-__all__ = ["Dpn", "Rin", "SparseFocus", "SparseFocusOptions"]
+__all__ = ["Dpn", "Rin", "SparseFocus", "SparseFocusOptions", "Spectral"]
+
+
+_LAYERS = 3  # of the perceptron behind the spectra
+_DROPPED = 0.1  # there are more numbers in the spectra than some labs have fields
 
 
 class SparseFocusOptions(NetOptions):
@@ -47,6 +56,9 @@ class SparseFocusOptions(NetOptions):
         Of the depthwise convolutions, odd.
     pool : {"max+mean", "max", "mean"}
         Over the patch.
+    spectra : int
+        Width of the perceptron that reads the spectra of the patch beside the convolutions;
+        0: none, as published.
     rin_widths : tuple of int
         Channels of the RIN at 1/2, 1/4 and 1/8 of the mosaic.
     """
@@ -56,6 +68,7 @@ class SparseFocusOptions(NetOptions):
     expand: int = 2
     kernel: int = 7
     pool: Literal["max+mean", "max", "mean"] = "max+mean"
+    spectra: Annotated[int, Field(ge=0, le=2048)] = 384
     rin_widths: tuple[int, int, int] = (16, 32, 64)
 
 
@@ -98,8 +111,23 @@ class Pool(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-class Dpn(nn.Module):
-    """Features of patches: stem, stages, pooling.
+class Usual(nn.BatchNorm1d):
+    """Values less what is usual for each, ``(N, F)``.
+
+    At rest by plain arithmetic: the exporter asks `BatchNorm1d` for a width it cannot see.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
+        if self.training:
+            return super().forward(x)
+        mean: Tensor = self.running_mean  # type: ignore[assignment]
+        variance: Tensor = self.running_var  # type: ignore[assignment]
+        return (x - mean) * (variance + self.eps).rsqrt()
+
+
+class Spectral(nn.Module):
+    """Features of the spectra of a patch: a perceptron with ways around its layers.
 
     Attributes
     ----------
@@ -107,10 +135,50 @@ class Dpn(nn.Module):
         How many it returns.
     """
 
-    def __init__(self, in_channels: int, options: SparseFocusOptions) -> None:
+    def __init__(self, context: NetContext, width: int) -> None:
+        super().__init__()
+        self.spectra = CrossSpectra(len(context.looks_um), context.channels, context.patch_px)
+        before = self.spectra.features + context.in_channels
+        # rings differ in what is usual for them by orders of magnitude
+        self.usual = Usual(before, affine=False)
+        self.first = nn.Linear(before, width)
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, width),
+                nn.ReLU(inplace=True),
+                nn.Dropout(_DROPPED),
+                nn.Linear(width, width),
+            )
+            for _ in range(_LAYERS)
+        )
+        self.last = nn.LayerNorm(width)
+        self.features = width
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """``(N, C, P, P)`` to ``(N, F)``."""
+        with full_precision(patches):
+            x = torch.cat((self.spectra(patches), patches.float().mean((2, 3))), 1)
+            x = self.first(self.usual(x))
+            for layer in self.layers:
+                x = x + layer(x)
+            y: Tensor = self.last(x)
+        return y
+
+
+class Dpn(nn.Module):
+    """Features of patches: stem, stages, pooling; and beside these, of their spectra.
+
+    Attributes
+    ----------
+    features : int
+        How many it returns.
+    """
+
+    def __init__(self, context: NetContext, options: SparseFocusOptions) -> None:
         super().__init__()
         widths = options.widths
-        self.standardise = Standardise(options.standardise, in_channels)
+        self.standardise = Standardise(options.standardise, context.in_channels)
         layers: list[nn.Module] = [
             nn.Conv2d(self.standardise.out_channels, widths[0], 4, stride=4, bias=False),
             nn.BatchNorm2d(widths[0]),
@@ -129,10 +197,16 @@ class Dpn(nn.Module):
         self.stages = nn.Sequential(*layers)
         self.pool = Pool(options.pool)
         self.features = before * self.pool.times
+        self.spectral = None
+        if options.spectra:
+            self.spectral = Spectral(context, options.spectra)
+            self.features += self.spectral.features
 
     def forward(self, patches: Tensor) -> Tensor:
         """``(N, C, P, P)`` to ``(N, F)``."""
         x: Tensor = self.pool(self.stages(self.standardise(patches)))
+        if self.spectral is not None:
+            x = torch.cat((x.float(), self.spectral(patches)), 1)
         return x
 
 
@@ -203,7 +277,7 @@ class SparseFocus(DefocusNet):
 
     def __init__(self, context: NetContext, options: SparseFocusOptions) -> None:
         super().__init__(context, options)
-        self.dpn = Dpn(context.in_channels, options)
+        self.dpn = Dpn(context, options)
         self.head = make_head(self.dpn.features, context, options)
         self.rin = Rin(context.in_channels, options.rin_widths)
 
