@@ -3,11 +3,13 @@
     python benchmarks/learned.py --part virtual-slide --model NAME_OR_PATH
                                  [--two-look MODEL] [--resnet MODEL] [--fields N] [--write]
     python benchmarks/learned.py --part brain [--net NAME] [--minutes N] [--write]
+    python benchmarks/learned.py --part information [--write]
     python benchmarks/learned.py --part metal [--net NAME] [--init RUN] [--write]
 
 ``virtual-slide`` judges models that are there, by the protocol of the SparseFocus paper;
-``brain`` and ``metal`` train them by the shipped commands first. ``--cache FOLDER`` keeps the
-rendered frames (0.35 GB a field of 1024²), so that other models see the very same ones sooner.
+``information`` computes what there is to know; ``brain`` and ``metal`` train them by the
+shipped commands first. ``--cache FOLDER`` keeps the rendered frames (0.35 GB a field of
+1024²), so that other models see the very same ones sooner.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from _results import write_section
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TITLES = {
     "virtual-slide": "Learned focus on virtual slides never seen in training (simulated)",
+    "information": "What spectra can tell of the defocus at the best (by theory)",
     "brain": "Learned focus on recorded stacks: a brain section, trained and judged by stack",
     "metal": "Learned focus on recorded images: metal pads, one field against the other",
 }
@@ -65,6 +68,8 @@ def main() -> None:
         if args.model is None:
             parser.error("--model: none is shipped; name one")
         from _learned_virtual import run
+    elif args.part == "information":
+        from _learned_information import run
     elif args.part == "brain":
         from _learned_real import brain as run
     else:

@@ -35,12 +35,7 @@ MODELS = {"sparsefocus-slide20x": "0", "sparsefocus-slide20x-two-look": "0,4"}
 TRAIN = {
     "split_by": "slide",
     "range_um": [-26, 26],
-    # The spectra of a patch do most; beside them a third of the usual net is enough.
-    "net.widths": [16, 32, 64, 96],
-    "net.depths": [1, 1, 1, 1],
     "batch": 64,
-    "lr": 0.002,
-    "warmup": 0.1,
     "ema": 0.998,
     "near_share": 0.12,
     "patches_per_stack": 4,
@@ -53,6 +48,23 @@ TRAIN = {
     "augment.saturation": [0.8, 1.25],
     "epochs": 1000,  # the minutes end it
 }
+# The convolutions by themselves, on small patches first: twice as many fit into an hour. Then
+# the spectra beside them, of whole patches; noise would drown the ripples that tell of lens
+# and defocus far from focus. (options, part of the minutes)
+STAGES: tuple[tuple[dict[str, object], float], ...] = (
+    ({"net.spectra": 0, "train_px": 160, "lr": 0.002, "warmup": 0.1}, 0.45),
+    ({"net.spectra": 0, "train_px": 192, "lr": 0.001, "warmup": 0.03}, 0.45),
+    (
+        {
+            "net.spectra": 256,
+            "spectra_patches": 60000,
+            "augment.noise": 0.003,
+            "lr": 0.0005,
+            "warmup": 0.05,
+        },
+        0.1,
+    ),
+)
 
 
 def main() -> None:
@@ -67,7 +79,9 @@ def main() -> None:
     dataset = collect_all(__file__, args.output, args.stacks, args.jobs)
     for name, looks in MODELS.items():
         net = ("--model", "sparsefocus", "--looks", looks)
-        stages = [{**TRAIN, "max_minutes": args.minutes}]
+        stages = [
+            {**TRAIN, **more, "max_minutes": part * args.minutes} for more, part in STAGES
+        ]
         run = train_stages(args.output, dataset, name, net, stages)
         model = args.output / f"{name}.onnx"
         licence = ("--licence", "BSD-3-Clause")

@@ -78,6 +78,10 @@ class TrainOptions(BaseModel):
         In one epoch.
     near_share, near_um : float
         Of this part of the patches the defocus lies within ± `near_um`.
+    spectra_patches, spectra_passes : int
+        Of nets that read spectra: of so many patches these are computed first, and so many
+        passes over them teach the part that reads them, before the epochs (and their
+        minutes) begin; 0 patches: not.
     mosaics : float
         Mosaics for the importance per patch; 0 leaves it untrained.
     lr, schedule, warmup, weight_decay, clip : float, str
@@ -125,6 +129,8 @@ class TrainOptions(BaseModel):
     patches_per_stack: _Count = 32
     near_share: _Share = 0.0
     near_um: _Positive = 4.0
+    spectra_patches: Annotated[int, Field(ge=0)] = 0
+    spectra_passes: _Count = 24
     mosaics: _Share = 0.125
     lr: _Positive = 2e-3
     schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"

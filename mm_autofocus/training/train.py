@@ -158,6 +158,11 @@ def prepare(
         for stack in (*learn, *check):
             draw_pair(stack, options.pairs, np.random.default_rng(0))
     net = build_net(options.model, context, options.net)  # its options are checked here
+    if options.spectra_patches and not getattr(net, "has_spectra", False):
+        raise InputError(
+            f"spectra_patches: {options.spectra_patches} is not allowed with the model "
+            f"{options.model!r} as it is, which reads no spectra; allowed: 0"
+        )
     identity = {
         "model": options.model,
         "net": net.options.model_dump(mode="json"),
@@ -363,6 +368,7 @@ def _work(fabric: Fabric, pickled: bytes) -> dict[str, Any]:
     from mm_autofocus.models.nets.base import NetContext
     from mm_autofocus.training.checkpoint import find_checkpoint, load_checkpoint
     from mm_autofocus.training.loop import fit
+    from mm_autofocus.training.spectra_first import spectra_first
 
     torch.manual_seed(job.options.seed)
     identity = job.identity
@@ -372,6 +378,8 @@ def _work(fabric: Fabric, pickled: bytes) -> dict[str, Any]:
     with warnings.catch_warnings():
         # Lightning advises more workers and its own seeding; both are decided here
         warnings.filterwarnings("ignore", module="lightning_fabric")
+        if job.options.spectra_patches and job.state is None:
+            spectra_first(net, job.patches, job.options, fabric.device, fabric.print)
         return fit(fabric, job, net)
 
 

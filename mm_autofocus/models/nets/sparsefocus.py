@@ -119,8 +119,10 @@ class Usual(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
-        if self.training:
-            return super().forward(x)
+        return super().forward(x) if self.training else self.less(x)
+
+    def less(self, x: Tensor) -> Tensor:
+        """By what is known by now."""
         mean: Tensor = self.running_mean  # type: ignore[assignment]
         variance: Tensor = self.running_var  # type: ignore[assignment]
         return (x - mean) * (variance + self.eps).rsqrt()
@@ -158,11 +160,19 @@ class Spectral(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """``(N, C, P, P)`` to ``(N, F)``."""
         with full_precision(patches):
-            x = torch.cat((self.spectra(patches), patches.float().mean((2, 3))), 1)
-            x = self.first(self.usual(x))
-            for layer in self.layers:
-                x = x + layer(x)
-            y: Tensor = self.last(x)
+            return self.read(self.usual(self.look(patches)))
+
+    def look(self, patches: Tensor) -> Tensor:
+        """``(N, C, P, P)`` to spectra and mean of each plane: nothing of it is learned."""
+        with full_precision(patches):
+            return torch.cat((self.spectra(patches), patches.float().mean((2, 3))), 1)
+
+    def read(self, x: Tensor) -> Tensor:
+        """What `look` saw, less what is usual for it, to ``(N, F)``."""
+        x = self.first(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        y: Tensor = self.last(x)
         return y
 
 
@@ -204,9 +214,14 @@ class Dpn(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """``(N, C, P, P)`` to ``(N, F)``."""
-        x: Tensor = self.pool(self.stages(self.standardise(patches)))
+        x = self.found(patches)
         if self.spectral is not None:
             x = torch.cat((x.float(), self.spectral(patches)), 1)
+        return x
+
+    def found(self, patches: Tensor) -> Tensor:
+        """What the convolutions find."""
+        x: Tensor = self.pool(self.stages(self.standardise(patches)))
         return x
 
 
@@ -289,3 +304,41 @@ class SparseFocus(DefocusNet):
     def losses(self, output: Output, defocus_um: Tensor) -> dict[str, Tensor]:
         """Parts of the loss."""
         return self.head.losses(output, defocus_um)
+
+    @property
+    def has_spectra(self) -> bool:
+        """Whether it looks at spectra at all."""
+        return self.dpn.spectral is not None
+
+    @property
+    def _spectral(self) -> Spectral:
+        if self.dpn.spectral is None:
+            raise ValueError("a net without spectra")
+        return self.dpn.spectral
+
+    def seen(self, patches: Tensor) -> Tensor:
+        """What convolutions find in patches ``(N, C, P, P)``, and the spectra: ``(N, S)``."""
+        return torch.cat((self.dpn.found(patches).float(), self._spectral.look(patches)), 1)
+
+    def learn_usual(self, seen: Tensor) -> None:
+        """Learn what spectra usually are from what was `seen`, ``(N, S)``."""
+        usual = self._spectral.usual
+        x = seen[:, self._found :].float()
+        usual.running_mean.copy_(x.mean(0))  # type: ignore[union-attr]
+        usual.running_var.copy_(x.var(0))  # type: ignore[union-attr]
+
+    def by_seen(self, seen: Tensor) -> Output:
+        """Predict from what was `seen`, ``(N, S)``."""
+        own = self._spectral
+        read = own.read(own.usual.less(seen[:, self._found :]))
+        output: Output = self.head(torch.cat((seen[:, : self._found], read), 1))
+        return output
+
+    def reading_parameters(self) -> list[nn.Parameter]:
+        """What `by_seen` depends on."""
+        return [*self._spectral.parameters(), *self.head.parameters()]
+
+    @property
+    def _found(self) -> int:
+        """How many features are the convolutions'."""
+        return self.dpn.features - self._spectral.features

@@ -1,0 +1,135 @@
+"""Teach what reads spectra before the rest: in minutes, and over and over the same patches.
+
+The spectra of a patch (`models.nets.physics.CrossSpectra`) hold no weights. Once computed,
+they are a thousand numbers instead of 50,000 pixels, and the perceptron behind them sees some
+thousands a second where the whole net sees some tens. So what it must learn of many slides
+and lenses, it learns first, beside what the convolutions find as they are (of a net that
+begins with other weights, much); the loop then trains everything together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from mm_autofocus.training.batches import batches_of
+
+if TYPE_CHECKING:
+    from mm_autofocus.models.nets.sparsefocus import SparseFocus
+    from mm_autofocus.training.options import TrainOptions
+    from mm_autofocus.training.samples import Source
+
+__all__ = ["gather", "learn", "spectra_first"]
+
+_READ = 64  # patches whose spectra are computed at a time
+_BATCH = 256
+_LR = 1.5e-3
+_DECAY = 0.05
+_WARMUP = 0.15
+
+
+def spectra_first(
+    net: SparseFocus,
+    source: Source,
+    options: TrainOptions,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Draw patches, compute their spectra, teach the perceptron and the head.
+
+    Every process of a training does the same with the same result.
+
+    Parameters
+    ----------
+    net : SparseFocus
+        With spectra; changed in place.
+    source : Source
+        Of patches; the first ones it numbers are taken.
+    options : TrainOptions
+        ``spectra_patches``, ``spectra_passes``, ``seed``, ``workers``.
+    device : torch.device
+    say : callable
+        Takes lines of progress.
+    """
+    net.to(device)
+    seen, defocus = gather(net, source, options, device, say)
+    learn(net, seen, defocus, passes=options.spectra_passes, seed=options.seed, say=say)
+
+
+def gather(
+    net: SparseFocus,
+    source: Source,
+    options: TrainOptions,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[Tensor, Tensor]:
+    """What the net sees in patches, ``(N, S)`` float16; their defocus ``(N,)`` in µm."""
+    steps = max(2, options.spectra_patches // _READ)
+    found, defocus = [], []
+    net.eval()
+    cuda = device.type == "cuda"
+    with torch.inference_mode():
+        for k, batch in enumerate(
+            batches_of(source, _READ, range(steps), workers=options.workers, cuda=cuda)
+        ):
+            found.append(net.seen(batch["patches"].to(device)).half())
+            defocus.append(batch["defocus_um"].to(device))
+            if k % max(1, steps // 10) == 0:
+                say(f"spectra of {k * _READ} of {steps * _READ} patches")
+    return torch.cat(found), torch.cat(defocus)
+
+
+def learn(
+    net: SparseFocus,
+    seen: Tensor,
+    defocus_um: Tensor,
+    *,
+    passes: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> None:
+    """Teach the perceptron and the head of `net`, in place.
+
+    Parameters
+    ----------
+    net : SparseFocus
+    seen : Tensor
+        ``(N, S)`` of `SparseFocus.seen`.
+    defocus_um : Tensor
+        ``(N,)``.
+    passes : int
+        Over all of them.
+    seed : int
+        Of the order, and of what is dropped.
+    say : callable
+        Takes lines of progress.
+    """
+    net.learn_usual(seen)
+    learned = [p for p in net.reading_parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learned, _LR, weight_decay=_DECAY)
+    n = len(seen)
+    batch = min(_BATCH, n)
+    steps = n // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, _LR, total_steps=passes * steps, pct_start=_WARMUP
+    )
+    order = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    net.train()
+    for number in range(passes):
+        total = 0.0
+        shuffled = torch.randperm(n, generator=order).to(seen.device)
+        for k in range(steps):
+            which = shuffled[k * batch : (k + 1) * batch]
+            output = net.by_seen(seen[which].float())
+            loss = cast("Tensor", sum(net.losses(output, defocus_um[which]).values()))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(learned, 5.0)
+            optimiser.step()
+            schedule.step()
+            total += float(loss.detach())
+        say(f"spectra, pass {number + 1}/{passes}  loss {total / steps:.3f}")

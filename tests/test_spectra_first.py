@@ -1,0 +1,89 @@
+"""What reads spectra is taught first: it learns from them alone, the same each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mm_autofocus.errors import InputError  # noqa: E402
+from mm_autofocus.models.nets import build_net  # noqa: E402
+from mm_autofocus.models.nets.base import NetContext  # noqa: E402
+from mm_autofocus.training import Dataset  # noqa: E402
+from mm_autofocus.training.fields import read_looks  # noqa: E402
+from mm_autofocus.training.loop import Job  # noqa: E402
+from mm_autofocus.training.options import read_options  # noqa: E402
+from mm_autofocus.training.spectra_first import spectra_first  # noqa: E402
+from mm_autofocus.training.train import prepare, train  # noqa: E402
+from mm_autofocus.training.validate import predict_patches  # noqa: E402
+
+from blurred import NET, OPTIONS, PATCH, make_dataset  # noqa: E402
+
+torch.set_num_threads(1)
+
+FIRST = {**OPTIONS, "net": {**NET, "spectra": 48}, "spectra_patches": 640, "mosaics": 0}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return make_dataset(tmp_path_factory.mktemp("blurred"))
+
+
+def taught(dataset: Dataset, run: Path) -> tuple[Job, object, list[str]]:
+    job = prepare(dataset, run, read_options(FIRST))
+    torch.manual_seed(0)
+    net = build_net("sparsefocus", NetContext(**job.identity["context"]), job.identity["net"])
+    said: list[str] = []
+    spectra_first(net, job.patches, job.options, torch.device("cpu"), said.append)
+    return job, net.eval(), said
+
+
+def test_spectra_alone_teach_how_far_focus_is(dataset: Dataset, tmp_path: Path) -> None:
+    job, net, said = taught(dataset, tmp_path / "run")
+    assert said[-1].startswith("spectra, pass 24/24  loss ")
+    judged = job.validation
+    label = np.array([judged.fields[i].defocus_um[k] for i, k, _, _ in judged.items])
+    reader, found = job.patches.reader, []
+    with torch.inference_mode():
+        for i, k, y, x in judged.items:
+            patch = read_looks(reader, judged.fields[i], k, y, x, PATCH, PATCH)
+            seen = net.seen(torch.from_numpy(patch)[None])
+            found.append(float(net.by_seen(seen).defocus))
+            assert found[-1] == pytest.approx(
+                float(net(torch.from_numpy(patch)[None]).defocus), abs=1e-3
+            )
+    # which way the blur runs is not in rings: how far is
+    error = np.abs(np.abs(found) - np.abs(label)).mean()
+    assert error < 0.8 < np.abs(np.abs(label) - np.abs(label).mean()).mean() / 2
+
+
+def test_it_is_the_same_each_time(dataset: Dataset, tmp_path: Path) -> None:
+    (job, one, _), (_, two, _) = (taught(dataset, tmp_path / name) for name in "ab")
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, rtol=0, atol=0)
+    items = list(job.validation.items)
+    both = [predict_patches(n, job.validation.fields, items, PATCH) for n in (one, two)]
+    np.testing.assert_array_equal(*both)
+
+
+def test_the_training_goes_on_from_there(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**FIRST, "epochs": 1, "patches_per_stack": 8, "spectra_passes": 2}
+    train(dataset.path, tmp_path / "run", options)
+    assert "spectra, pass 2/2" in capsys.readouterr().out
+    # a run that goes on has it behind itself
+    train(dataset.path, tmp_path / "run", {"epochs": 2}, resume=True)
+    assert "spectra" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", [{"model": "resnet", "net": {"width": 8}}, {"net": {**NET, "spectra": 0}}]
+)
+def test_nets_that_read_none_refuse(dataset: Dataset, tmp_path: Path, options) -> None:
+    with pytest.raises(InputError, match="spectra_patches: 640 is not allowed with the model"):
+        prepare(dataset, tmp_path / "run", read_options({**FIRST, **options}))
+    assert not (tmp_path / "run").exists()
