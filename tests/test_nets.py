@@ -27,7 +27,12 @@ from mm_autofocus.models.nets.sparsefocus import SparseFocus, SparseFocusOptions
 torch.set_num_threads(1)
 
 SMALL = {
-    "sparsefocus": {"widths": (8, 16), "depths": (1, 1), "rin_widths": (4, 4, 8)},
+    "sparsefocus": {
+        "widths": (8, 16),
+        "depths": (1, 1),
+        "rin_widths": (4, 4, 8),
+        "spectra": 32,
+    },
     "pg-dcn": {"widths": (8, 16), "depths": (1, 1)},
     "resnet": {"width": 8},
     "convnext": {"widths": (8, 16), "depths": (1, 1)},
@@ -289,10 +294,10 @@ def _pairs(spectra: CrossSpectra, planes: int) -> list[tuple[float, float]]:
 
 
 def test_spectra_need_whole_patches() -> None:
-    net = SparseFocus(NetContext(patch_px=64), SparseFocusOptions())
+    net = SparseFocus(NetContext(patch_px=64), SparseFocusOptions(spectra=16))
     with pytest.raises(InputError, match=r"train_px: 48 is less than patch_px, 64"):
         net(torch.zeros(2, 1, 48, 48))
-    published = SparseFocus(NetContext(patch_px=64), SparseFocusOptions(spectra=0))
+    published = SparseFocus(NetContext(patch_px=64), SparseFocusOptions())
     assert published(torch.zeros(2, 1, 48, 48)).defocus.shape == (2,)
 
 

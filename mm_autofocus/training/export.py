@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["export", "write_onnx"]
 
 _PARITY = 1e-3  # largest difference from torch, in parts of the trained range
+_PARITY_SD = 0.25  # or, of a patch that leaves the net unsure, in parts of its sd
 _PARITY_PATCHES = 64
 _FRAMES = 240  # of the validation part, shown whole
 
@@ -295,6 +296,9 @@ def _metrics(data: Dataset, seen: Seen, parity: float, path: Path) -> dict[str, 
 def _parity(net: DefocusNet, path: Path, fields: list[Field], context: NetContext) -> float:
     """Largest difference between the graph and torch on patches of real frames, in µm.
 
+    A patch that fits two distances equally well may be read as one here and as the other
+    there, by the last bits: such a jump is small beside what the net expects to be off by.
+
     Raises
     ------
     InputError
@@ -308,10 +312,14 @@ def _parity(net: DefocusNet, path: Path, fields: list[Field], context: NetContex
     x = np.stack([read_looks(reader, fields[i], k, y, x, px, px) for i, k, y, x in patches])
     with torch.inference_mode():
         by_torch = net.float().eval()(torch.from_numpy(x)).defocus.numpy()
-    by_onnx, _ = OnnxModel(path).net.patches(x)
-    worst = float(np.abs(by_torch - by_onnx).max())
+    by_onnx, sd = OnnxModel(path).net.patches(x)
+    apart = np.abs(by_torch - by_onnx)
+    worst = float(apart.max())
     span = context.range_um[1] - context.range_um[0]
-    if not worst <= _PARITY * span:
+    allowed = np.full_like(apart, _PARITY * span)
+    if sd is not None:
+        allowed = np.maximum(allowed, _PARITY_SD * sd)
+    if not (apart <= allowed).all():
         raise InputError(
             f"export: the graph differs from torch by {worst:.3g} µm on real patches; at most "
             f"{_PARITY * span:.3g} µm is allowed"

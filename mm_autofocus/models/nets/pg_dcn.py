@@ -17,10 +17,9 @@ in part.
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,7 +51,6 @@ class PgDcnOptions(SparseFocusOptions):
     """
 
     head: Literal["gaussian"] = "gaussian"
-    spectra: Annotated[int, Field(ge=0, le=2048)] = 0  # `physics` reads them
     shared: bool = True
     physics: bool = True
     physics_weight: float = 0.1

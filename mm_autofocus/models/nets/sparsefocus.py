@@ -9,9 +9,9 @@ chosen here for what two CPU cores can train in a night.
 
 What differs from the paper: the 7 × 7 convolutions are depthwise (with pointwise ones behind
 them, and ReLU: a third of the time of dense ones); the stem also sees standardised values;
-mean pooling stands beside max pooling; the head may be a distribution. And beside what the
-convolutions find stand the spectra of the patch (`physics.CrossSpectra`): where the optical
-transfer function has its zeros tells how far focus is, however little the specimen helps.
+mean pooling stands beside max pooling; the head may be a distribution. If asked for, the
+spectra of the patch (`physics.CrossSpectra`) stand beside what the convolutions find: where
+the optical transfer function has its zeros tells how far focus is, whatever the specimen.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class SparseFocusOptions(NetOptions):
     pool : {"max+mean", "max", "mean"}
         Over the patch.
     spectra : int
-        Width of the perceptron that reads the spectra of the patch beside the convolutions;
-        0: none, as published.
+        Width of the perceptron that reads the spectra of the patch beside the convolutions
+        (256 is a good one); 0: none, as published.
     rin_widths : tuple of int
         Channels of the RIN at 1/2, 1/4 and 1/8 of the mosaic.
     """
@@ -68,7 +68,7 @@ class SparseFocusOptions(NetOptions):
     expand: int = 2
     kernel: int = 7
     pool: Literal["max+mean", "max", "mean"] = "max+mean"
-    spectra: Annotated[int, Field(ge=0, le=2048)] = 384
+    spectra: Annotated[int, Field(ge=0, le=2048)] = 0
     rin_widths: tuple[int, int, int] = (16, 32, 64)
 
 
