@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from mm_autofocus.models.nets.base import NetContext
+    from mm_autofocus.models.nets.sparsefocus import SparseFocus
     from mm_autofocus.training.fields import Field
     from mm_autofocus.training.loop import Job
     from mm_autofocus.training.samples import Source
@@ -379,7 +380,8 @@ def _work(fabric: Fabric, pickled: bytes) -> dict[str, Any]:
         # Lightning advises more workers and its own seeding; both are decided here
         warnings.filterwarnings("ignore", module="lightning_fabric")
         if job.options.spectra_patches and job.state is None:
-            spectra_first(net, job.patches, job.options, fabric.device, fabric.print)
+            reader = cast("SparseFocus", net)  # `prepare` refuses all others
+            spectra_first(reader, job.patches, job.options, fabric.device, fabric.print)
         return fit(fabric, job, net)
 
 

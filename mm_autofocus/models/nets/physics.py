@@ -127,7 +127,7 @@ class Rings(nn.Module):
         tiles = tiles.reshape(n, c, count, size, size)
         window: Tensor = self.window  # type: ignore[assignment]
         tiles = (tiles - tiles.mean((3, 4), keepdim=True)) * window
-        if not torch.jit.is_tracing():
+        if not torch.onnx.is_in_onnx_export():
             both = torch.fft.rfft2(tiles).transpose(3, 4)
             return both.real.contiguous(), both.imag.contiguous()
         return self.by_matrices(tiles)
@@ -233,7 +233,7 @@ class CrossSpectra(nn.Module):
         InputError
             The patches are smaller.
         """
-        if not torch.jit.is_tracing() and min(patches.shape[2:]) < self.patch_px:
+        if not torch.onnx.is_in_onnx_export() and min(patches.shape[2:]) < self.patch_px:
             raise InputError(
                 f"train_px: {min(patches.shape[2:])} is less than patch_px, {self.patch_px}; "
                 "spectra need whole patches (or set net.spectra=0)"
