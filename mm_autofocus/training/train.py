@@ -369,6 +369,7 @@ def _work(fabric: Fabric, pickled: bytes) -> dict[str, Any]:
     from mm_autofocus.models.nets.base import NetContext
     from mm_autofocus.training.checkpoint import find_checkpoint, load_checkpoint
     from mm_autofocus.training.loop import fit
+    from mm_autofocus.training.progress import TrainingDisplay
     from mm_autofocus.training.spectra_first import spectra_first
 
     torch.manual_seed(job.options.seed)
@@ -381,7 +382,9 @@ def _work(fabric: Fabric, pickled: bytes) -> dict[str, Any]:
         warnings.filterwarnings("ignore", module="lightning_fabric")
         if job.options.spectra_patches and job.state is None:
             reader = cast("SparseFocus", net)  # `prepare` refuses all others
-            spectra_first(reader, job.patches, job.options, fabric.device, fabric.print)
+            log = job.run / "log.jsonl" if fabric.is_global_zero else None
+            say = TrainingDisplay(log, 1, 1).say  # where the epochs tell of themselves, too
+            spectra_first(reader, job.patches, job.options, fabric.device, say)
         return fit(fabric, job, net)
 
 
