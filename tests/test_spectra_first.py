@@ -82,6 +82,19 @@ def test_the_training_goes_on_from_there(
     assert "spectra" not in capsys.readouterr().err
 
 
+def test_patches_too_small_for_spectra_are_refused_before_anything_is_written(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="train_px: 48 is less than patch_px, 64"):
+        prepare(dataset, tmp_path / "run", read_options({**FIRST, "train_px": 48}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_any_seed_will_do(dataset: Dataset, tmp_path: Path) -> None:
+    quick = {**OPTIONS, "epochs": 1, "patches_per_stack": 4, "mosaics": 0}
+    train(dataset.path, tmp_path / "run", {**quick, "seed": 2**40})
+
+
 @pytest.mark.parametrize(
     "options", [{"model": "resnet", "net": {"width": 8}}, {"net": {**NET, "spectra": 0}}]
 )

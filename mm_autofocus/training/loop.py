@@ -191,7 +191,7 @@ class _Loop:
         # that was killed goes on exactly where it was.
         number = where.epoch * self.steps + where.step
         turn = number * self.fabric.world_size + self.fabric.global_rank
-        torch.manual_seed((self.options.seed << 32) + turn)
+        torch.manual_seed(((self.options.seed << 32) + turn) % (1 << 63))  # torch takes no more
         losses = self.step(self.fabric.to_device(batch))
         loss = cast("Tensor", sum(losses.values()))
         seen = cast("Tensor", self.fabric.all_reduce(loss.detach(), reduce_op="mean"))

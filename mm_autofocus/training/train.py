@@ -143,6 +143,7 @@ def prepare(
     InputError
         Nothing was written then.
     """
+    from mm_autofocus.models.nets.physics import CrossSpectra
     from mm_autofocus.training.loop import Job
 
     NETS.check(options.model)
@@ -164,6 +165,9 @@ def prepare(
             f"spectra_patches: {options.spectra_patches} is not allowed with the model "
             f"{options.model!r} as it is, which reads no spectra; allowed: 0"
         )
+    for module in net.modules():
+        if isinstance(module, CrossSpectra):
+            module.check(options.crop_px)
     identity = {
         "model": options.model,
         "net": net.options.model_dump(mode="json"),

@@ -225,19 +225,24 @@ class CrossSpectra(nn.Module):
         each = len(self.rings.frequency) * (planes + len(pairs))
         self.features = len(self.scales) * each
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """``(N, C, P, P)`` in 0 … 1 to ``(N, F)``; P is at least that of the run time.
+    def check(self, px: int) -> None:
+        """Check the edge of the patches of a training.
 
         Raises
         ------
         InputError
-            The patches are smaller.
+            They are smaller than those of the run time.
         """
-        if not torch.onnx.is_in_onnx_export() and min(patches.shape[2:]) < self.patch_px:
+        if px < self.patch_px:
             raise InputError(
-                f"train_px: {min(patches.shape[2:])} is less than patch_px, {self.patch_px}; "
+                f"train_px: {px} is less than patch_px, {self.patch_px}; "
                 "spectra need whole patches (or set net.spectra=0)"
             )
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """``(N, C, P, P)`` in 0 … 1 to ``(N, F)``; P as `check` allows it."""
+        if not torch.onnx.is_in_onnx_export():
+            self.check(min(patches.shape[2:]))
         with full_precision(patches):
             x = patches.float()
             n, each = x.shape[0], self.features // len(self.scales)

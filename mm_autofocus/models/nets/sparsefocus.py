@@ -164,8 +164,7 @@ class Spectral(nn.Module):
 
     def look(self, patches: Tensor) -> Tensor:
         """``(N, C, P, P)`` to spectra and mean of each plane: nothing of it is learned."""
-        with full_precision(patches):
-            return torch.cat((self.spectra(patches), patches.float().mean((2, 3))), 1)
+        return torch.cat((self.spectra(patches), patches.float().mean((2, 3))), 1)
 
     def read(self, x: Tensor) -> Tensor:
         """What `look` saw, less what is usual for it, to ``(N, F)``."""
