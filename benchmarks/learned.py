@@ -4,10 +4,12 @@
                                  [--two-look MODEL] [--resnet MODEL] [--fields N] [--write]
     python benchmarks/learned.py --part brain [--net NAME] [--minutes N] [--write]
     python benchmarks/learned.py --part information [--write]
+    python benchmarks/learned.py --part labels [--fields N] [--write]
     python benchmarks/learned.py --part metal [--net NAME] [--init RUN] [--write]
 
 ``virtual-slide`` judges models that are there, by the protocol of the SparseFocus paper;
-``information`` computes what there is to know; ``brain`` and ``metal`` train them by the
+``information`` computes what there is to know; ``labels`` asks how well the focus of a
+recorded stack is known, from which all learn; ``brain`` and ``metal`` train them by the
 shipped commands first. ``--cache FOLDER`` keeps the rendered frames (0.35 GB a field of
 1024²), so that other models see the very same ones sooner.
 """
@@ -27,6 +29,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 TITLES = {
     "virtual-slide": "Learned focus on virtual slides never seen in training (simulated)",
     "information": "What spectra can tell of the defocus at the best (by theory)",
+    "labels": "How well the label of a stack is known",
     "brain": "Learned focus on recorded stacks: a brain section, trained and judged by stack",
     "metal": "Learned focus on recorded images: metal pads, one field against the other",
 }
@@ -70,6 +73,8 @@ def main() -> None:
         from _learned_virtual import run
     elif args.part == "information":
         from _learned_information import run
+    elif args.part == "labels":
+        from _learned_labels import run
     elif args.part == "brain":
         from _learned_real import brain as run
     else:

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--write", action="store_true", help="replace its part of RESULTS.md")
     virtual = parser.add_argument_group("virtual-slide, nuclei")
     virtual.add_argument("--model", help="the model that is judged, by name or *.onnx")
-    virtual.add_argument("--unet", help="the single-shot U-Net")
+    virtual.add_argument("--unet", help="the U-Net: of one shot, and of the sharper one")
     virtual.add_argument("--other", action="append", default=[], help="further models")
     virtual.add_argument("--threads", type=int, default=1, help="of one run of a net")
     virtual.add_argument("--fields", type=int, default=8, help="of each class")

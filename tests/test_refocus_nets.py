@@ -135,6 +135,35 @@ def test_only_one_net_is_told_which_shot_is_lower() -> None:
         assert torch.equal(one, other) != differs
 
 
+def test_a_net_of_one_shot_may_learn_from_either() -> None:
+    """A single exposure does not know whether it is the sharper one of two."""
+    net = small("unet", 1, shot="either")
+    seen = []
+    net.register_forward_hook(lambda _, given, out: seen.append(given))
+    n = 64
+    sharper, other = torch.full((n, 1, 16, 16), 0.75), torch.full((n, 1, 16, 16), 0.25)
+    batch = {
+        "shots": torch.cat((sharper, other), 1),
+        "truth": sharper,
+        "side": torch.ones(n),
+        "half_um": torch.full((n,), 2.0),
+        "toward_um": torch.full((n,), 0.5),
+    }
+    torch.manual_seed(3)
+    told = [net.losses_of(batch)["toward"].item() for _ in range(2)]
+    shots, side, _ = seen[0]
+    first = shots[:, 0, 0, 0] == 0.75
+    assert 16 < int(first.sum()) < 48
+    assert torch.equal(side, torch.where(first, 1.0, -1.0))  # whose side it now is
+    assert not torch.equal(shots, seen[1][0])
+    # From the other shot focus lies 3.5 µm further: without that, all would be told alike.
+    assert told[0] > small("unet", 1, shot="sharper").losses_of(batch)["toward"].item()
+    shown = small("unet", 1)
+    shown.register_forward_hook(lambda _, given, out: seen.append(given))
+    shown.losses_of(batch)
+    assert torch.equal(seen[-1][0], sharper)
+
+
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_the_graph_takes_any_number_of_frames_of_any_size(name, tmp_path) -> None:
     net = small(name).eval()

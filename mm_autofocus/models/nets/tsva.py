@@ -10,7 +10,8 @@ scales are the reading with which its count comes out. The channels of the figur
 make a net beyond what is shipped, `width` sets them.
 
 U-Net: Ronneberger, Fischer, Brox, *MICCAI* 2015, with the same widths and the same residual,
-shown the sharper shot alone. It is the paper's baseline.
+shown one shot alone: the paper's baseline. A scanner that exposes once cannot know whether its
+shot is the sharper one of two that it might have taken (`UNetOptions.shot`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from mm_autofocus.models.nets.base import AnyOptions, NetContext
 from mm_autofocus.models.nets.refocus import RefocusNet, RefocusOptions
 
-__all__ = ["Tsva", "TsvaOptions", "UNet"]
+__all__ = ["Tsva", "TsvaOptions", "UNet", "UNetOptions"]
 
 _SCALES = 4
 
@@ -43,6 +44,19 @@ class TsvaOptions(RefocusOptions):
 
     width: Annotated[int, Field(ge=4, le=128)] = 16
     norm: Literal["batch", "none"] = "batch"
+
+
+class UNetOptions(TsvaOptions):
+    """Options of `UNet`.
+
+    Attributes
+    ----------
+    shot : {"sharper", "either"}
+        Which one it learns from: always the sharper one of the two, or either of them, by lot,
+        as a single exposure beside focus would be.
+    """
+
+    shot: Literal["sharper", "either"] = "sharper"
 
 
 def _block(before: int, width: int, norm: str) -> nn.Sequential:
@@ -133,13 +147,14 @@ class Tsva(RefocusNet):
 
 
 class UNet(RefocusNet):
-    """The single-shot U-Net: the sharper shot alone."""
+    """The single-shot U-Net: the first of the shots alone, the sharper one at run time."""
 
-    Options: ClassVar[type[AnyOptions]] = TsvaOptions
+    Options: ClassVar[type[AnyOptions]] = UNetOptions
     shots: ClassVar[int] = 1
 
-    def __init__(self, context: NetContext, options: TsvaOptions) -> None:
+    def __init__(self, context: NetContext, options: UNetOptions) -> None:
         super().__init__(context, options)
+        self.either = options.shot == "either"
         self.down = _Down(context.channels, options)
         self.up = _Up(context.channels, options, paths=1)
 
@@ -149,8 +164,25 @@ class UNet(RefocusNet):
         return 64
 
     def recover(self, shots: Tensor, side: Tensor) -> Tensor:
-        """Of the sharper shot."""
+        """Of the first shot."""
         features = self.down(shots[:, : self.context.channels])
         skips = [(f,) for f in features[-2::-1]]
         out: Tensor = self.up(features[-1], skips)
         return out
+
+    def losses_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As of any such net, of the shots that it learns from."""
+        return super().losses_of(_either(batch) if self.either else batch)
+
+
+def _either(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put either shot first, by lot; what is told of the first one follows."""
+    shots, side, toward = batch["shots"], batch["side"], batch["toward_um"]
+    other = torch.rand(len(shots), device=shots.device) < 0.5
+    swapped = torch.cat(shots.chunk(2, 1)[::-1], 1)
+    return {
+        **batch,
+        "shots": torch.where(other[:, None, None, None], swapped, shots),
+        "side": torch.where(other, -side, side),
+        "toward_um": torch.where(other, 2 * batch["half_um"] - toward, toward),
+    }
