@@ -101,8 +101,8 @@ def _section_stacks(args: argparse.Namespace) -> list[str]:
     return [
         f"{len(files)} stacks of a thick stained brain section (planes at 1 µm), cut into a "
         "left and a right half of 64 × 128 pixels: by how much the focus of the halves "
-        "differs. Beside it, how sharp a plane at that focus of the whole frame is, in parts of "
-        "the sharpest one (Brenner).",
+        "differs. Beside it, how sharp a plane at that focus of the whole frame is, in parts "
+        "of the sharpest one (Brenner).",
         "",
         *markdown(["focus", "halves differ by, µm (sd)", "sharpness, median", "worst"], rows),
         "",
