@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from mm_autofocus.training.label import focus_of
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -270,16 +272,9 @@ def patch_errors(
         score = cube.reshape(len(z_um), n, m, n, m).mean((2, 4)).reshape(len(z_um), -1)
         height = score.max(0) - score.min(0)
         off = [
-            abs(_peak(z_um, score[:, k]) - focus_um)
+            abs(focus_of(z_um, score[:, k])[0] - focus_um)
             for k in np.flatnonzero(height >= height.mean() * (1 - 1e-9))
         ]
         if off:
             found[n] = float(np.median(off))
     return found
-
-
-def _peak(z: Floats, score: Floats) -> float:
-    """Peak of a curve in z, by the parabola through its top."""
-    fit = _parabola(z, score)
-    k = int(score.argmax())
-    return float(z[k]) if fit is None else float(np.clip(fit[1], z[0], z[-1]))

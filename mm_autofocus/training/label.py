@@ -32,6 +32,7 @@ __all__ = [
     "Label",
     "Sparsity",
     "StackMeter",
+    "focus_of",
     "local_variance",
     "sparsity_of",
 ]
@@ -71,8 +72,8 @@ class Label:
     focus_z_um : float | None
         z of the peak, between the planes, in µm; None if refused.
     expected_error_um : float | None
-        Standard deviation expected of it: scatter about the fit, shape, and distance of
-        the planes.
+        Standard deviation expected of it: noise, specimen at several depths, flanks that are
+        not alike, and distance of the planes.
     contrast : float
         ``(peak - baseline) / peak`` of the focus curve, 0 … 1.
     significance : float
@@ -243,7 +244,7 @@ def _label(
     reason = _why_not(z, s, k, significance)
     if reason:
         return Label("refused", reason, **known)
-    focus, width = _focus(z, s, k)
+    focus, width = focus_of(z, s)
     error = _error(z, s, k, np.stack([tiles[i] for i in order]))
     known |= {
         "width_um": width,
@@ -294,15 +295,20 @@ def _second(s: Floats, k: int, height: float) -> bool:
     return any(s[p] - s.min() >= _SECOND * height for p in others)
 
 
-def _focus(z: Floats, s: Floats, k: int) -> tuple[float, float]:
-    """Peak of the curve and its width at half height, both in µm.
+def focus_of(z: Floats, s: Floats) -> tuple[float, float]:
+    """Peak of a focus curve that rises and falls, and its width at half height, both in µm.
 
     The centroid of what rises above half the height: the flanks decide, where the curve tells
     most. In thin specimen it is the peak as well as any fit of the top finds it. In a thick
     section the top is a plateau with a shape of its own in each part of the frame, and what is
     fitted to it jumps about (`benchmarks/learned.py --part labels`).
+
+    Parameters
+    ----------
+    z, s : numpy.ndarray
+        ``(Z,)``: z of the planes in µm, ascending, and their scores.
     """
-    base = s.min()
+    k, base = int(s.argmax()), s.min()
     half = base + 0.5 * (s[k] - base)
     i, j = _above(s, k, half)
     left, right = _crossing(z, s, i, -1, half), _crossing(z, s, j, 1, half)
@@ -331,7 +337,7 @@ def _error(z: Floats, s: Floats, k: int, tiles: Floats) -> float:
     tiles : numpy.ndarray
         ``(Z, tiles)``.
     """
-    focus, width = _focus(z, s, k)
+    focus, width = focus_of(z, s)
     step = float(np.median(np.diff(z)))
     i, j = _above(s, k, s.min() + 0.5 * (s[k] - s.min()))
     top = s[i : j + 1] - 0.5 * (s[k] + s.min())
@@ -341,7 +347,7 @@ def _error(z: Floats, s: Floats, k: int, tiles: Floats) -> float:
     rise = np.maximum(parts[k] - parts.min(0), 0)
     if rise.sum() ** 2 > _PARTS * np.square(rise).sum():
         rest = parts.sum(1)[:, None] - parts
-        each = np.array([_focus(z, r, int(r.argmax()))[0] for r in rest.T])
+        each = np.array([focus_of(z, r)[0] for r in rest.T])
         own = max(own, math.sqrt((len(each) - 1) * float(each.var())))
     return math.hypot(min(own, width), _MODEL * width, _SAMPLING * step)
 
