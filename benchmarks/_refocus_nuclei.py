@@ -152,7 +152,7 @@ def _section(
         f"of tissue drawn by the simulator, {len(rows)} pairs of shots, drawn as for the PSNR. "
         "Counter: scikit-image, haematoxylin (`rgb2hed`), "
         f"Gaussian of {SMOOTH_PX:g} px, Otsu (at least {LEAST_STAIN:g} above the median: bare "
-        "glass is no nucleus), discs below {LEAST_UM2:g} µm² dropped, watershed "
+        f"glass is no nucleus), discs below {LEAST_UM2:g} µm² dropped, watershed "
         f"of the distance transform with peaks {APART_PX} px apart; the same for all images. "
         "The true image is without noise. Otsu's threshold is of each image by itself. In the "
         f"last column only fields with at least {FEWEST} nuclei.",
