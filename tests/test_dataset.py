@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mm_autofocus.errors import InputError
 from mm_autofocus.training import Dataset, Split, Stack
-from mm_autofocus.training.label import StackMeter, sparsity_of
+from mm_autofocus.training.label import StackMeter, focus_of, sparsity_of
 from mm_autofocus.training.recorded import add_recorded, find_stacks
 from mm_autofocus.training.split import PARTS, draw, groups_of
 from scipy.ndimage import gaussian_filter
@@ -68,6 +68,15 @@ def test_the_peak_is_found_between_the_planes(focus, step, noise, seed) -> None:
     assert label.status == "ok"
     assert abs(label.focus_z_um - focus) < 0.25
     assert label.planes_below + label.planes_above in (planes, planes - 1)
+
+
+@pytest.mark.parametrize("half_um", [3.0, 6.0])
+@pytest.mark.parametrize("focus_um", [-8.7, -7.0, 0.2, 7.0, 8.4, 8.7])
+def test_a_flank_that_the_stack_cuts_off_does_not_move_the_peak(half_um, focus_um) -> None:
+    z = np.arange(-10, 11.0)
+    found, width = focus_of(z, 0.02 + np.exp(-2 * ((z - focus_um) / half_um) ** 2))
+    assert abs(found - focus_um) < 0.02
+    assert width > 0
 
 
 @pytest.mark.parametrize(

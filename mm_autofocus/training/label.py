@@ -311,14 +311,18 @@ def focus_of(z: Floats, s: Floats) -> tuple[float, float]:
     k, base = int(s.argmax()), s.min()
     half = base + 0.5 * (s[k] - base)
     i, j = _above(s, k, half)
-    left, right = _crossing(z, s, i, -1, half), _crossing(z, s, j, 1, half)
-    x = np.concatenate([[left], z[i : j + 1], [right]])
-    y = np.concatenate([[0.0], s[i : j + 1] - half, [0.0]])
+    width = _crossing(z, s, j, 1, half) - _crossing(z, s, i, -1, half)
+    # a flank that the stack cuts off would pull it inwards: then from where both begin
+    level = max(half, s[: k + 1].min(), s[k:].min())
+    i, j = _above(s, k, level)
+    ends = _crossing(z, s, i, -1, level), _crossing(z, s, j, 1, level)
+    x = np.concatenate([ends[:1], z[i : j + 1], ends[1:]])
+    y = np.concatenate([[0.0], s[i : j + 1] - level, [0.0]])
     # of the line from point to point: area and first moment of each piece
     step, low, high = np.diff(x), y[:-1], y[1:]
     area = step * (low + high) / 2
     moment = x[:-1] * area + step**2 * (low + 2 * high) / 6
-    return float(moment.sum() / area.sum()), float(right - left)
+    return float(moment.sum() / area.sum()), width
 
 
 def _error(z: Floats, s: Floats, k: int, tiles: Floats) -> float:
