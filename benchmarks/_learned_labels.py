@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import tifffile
-from mm_autofocus.measure import FocusMeasure
 from mm_autofocus.training.evaluation_table import number
 from mm_autofocus.training.label import StackMeter
 
@@ -23,8 +22,6 @@ STEPS_UM = (0.5, 1.0, 2.0)
 HALF_UM = 9.0
 SIDE = 256
 OURS = "label: centroid above half the height"
-
-Curve = tuple[np.ndarray, np.ndarray]
 
 
 def _sharpest(z: np.ndarray, s: np.ndarray) -> float:
@@ -59,9 +56,12 @@ OTHERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
-def _found(z: np.ndarray, stack: Any) -> tuple[dict[str, float], float]:
-    """What each way says, and by how much the label expects to be off; NaN if refused."""
-    meter = StackMeter(FocusMeasure())
+def _found(z: np.ndarray, stack: Any) -> tuple[dict[str, float], float, np.ndarray]:
+    """What each way says, by how much the label expects to be off, and the scores.
+
+    NaN if the label is refused.
+    """
+    meter = StackMeter()
     for at, image in zip(z, stack, strict=True):
         meter.add(float(at), image)
     label = meter.label()
@@ -69,7 +69,7 @@ def _found(z: np.ndarray, stack: Any) -> tuple[dict[str, float], float]:
     says = {name: way(z, scores) for name, way in OTHERS.items()}
     ok = label.status == "ok"
     says[OURS] = label.focus_z_um if ok else np.nan
-    return says, label.expected_error_um if ok else np.nan
+    return says, label.expected_error_um if ok else np.nan, scores
 
 
 def _section_stacks(args: argparse.Namespace) -> list[str]:
@@ -85,9 +85,7 @@ def _section_stacks(args: argparse.Namespace) -> list[str]:
         for name in one[0]:
             off.setdefault(name, []).append(one[0][name] - other[0][name])
         expected.append(np.hypot(one[1], other[1]))
-        measure = FocusMeasure()
-        scores = np.array([measure.score(measure.grey(p)) for p in stack])
-        at = _found(z, stack)[0]
+        at, _, scores = _found(z, stack)
         sharp.append({n: np.interp(v, z, scores) / scores.max() for n, v in at.items()})
     rows = []
     for name, values in off.items():
@@ -124,7 +122,7 @@ def _virtual(args: argparse.Namespace) -> list[str]:
         frames = [there.frame(float(v), k) for k, v in enumerate(z)]
         for step in STEPS_UM:
             every = round(step / fine)
-            says, error = _found(z[::every], frames[::every])
+            says, error, _ = _found(z[::every], frames[::every])
             for name, value in says.items():
                 off[step].setdefault(name, []).append(value)
             expected[step].append(error)

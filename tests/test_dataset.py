@@ -79,6 +79,14 @@ def test_a_flank_that_the_stack_cuts_off_does_not_move_the_peak(half_um, focus_u
     assert width > 0
 
 
+@pytest.mark.parametrize("scores", [np.arange(9.0), np.arange(9.0)[::-1], np.ones(9)])
+def test_a_curve_without_a_flank_has_its_sharpest_plane(scores) -> None:
+    """As those of patches, or of what is left of a frame without one, may be."""
+    found, width = focus_of(np.arange(9.0), scores)
+    assert found == scores.argmax()
+    assert np.isfinite(width)
+
+
 @pytest.mark.parametrize(
     ("why", "kwargs"),
     [

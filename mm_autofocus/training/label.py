@@ -314,6 +314,8 @@ def focus_of(z: Floats, s: Floats) -> tuple[float, float]:
     width = _crossing(z, s, j, 1, half) - _crossing(z, s, i, -1, half)
     # a flank that the stack cuts off would pull it inwards: then from where both begin
     level = max(half, s[: k + 1].min(), s[k:].min())
+    if level >= s[k]:  # one flank is not there at all: the curve is still rising where it ends
+        return float(z[k]), width
     i, j = _above(s, k, level)
     ends = _crossing(z, s, i, -1, level), _crossing(z, s, j, 1, level)
     x = np.concatenate([ends[:1], z[i : j + 1], ends[1:]])
