@@ -273,7 +273,7 @@ def _section(
         "",
         *marks(judged, args.unet is not None),
         "",
-        *_once(noisy, args.unet is not None),
+        *_once(noisy),
         f"A frame that the camera takes at focus itself differs from the truth by its noise: "
         f"{np.mean(list(noisy.own.values())):.2f} dB on average over the fields. Against such "
         "frames as the truth, as in the paper, whose noise nothing can recover:",
@@ -304,9 +304,9 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
-def _once(noisy: Noisy, unet: bool) -> list[str]:
+def _once(noisy: Noisy) -> list[str]:
     """What the rows of the U-Net are, and what one exposure at F would have given."""
-    if not unet:
+    if noisy.unet is None:
         return []
     raw, seen = np.mean(noisy.once, 0)
     return [

@@ -245,7 +245,7 @@ def _label(
     if reason:
         return Label("refused", reason, **known)
     focus, width = focus_of(z, s)
-    error = _error(z, s, k, np.stack([tiles[i] for i in order]))
+    error = _error(z, s, np.stack([tiles[i] for i in order]), focus, width)
     known |= {
         "width_um": width,
         "expected_error_um": error,
@@ -327,7 +327,7 @@ def focus_of(z: Floats, s: Floats) -> tuple[float, float]:
     return float(moment.sum() / area.sum()), width
 
 
-def _error(z: Floats, s: Floats, k: int, tiles: Floats) -> float:
+def _error(z: Floats, s: Floats, tiles: Floats, focus: float, width: float) -> float:
     """Standard deviation expected of the focus, in µm.
 
     By leaving out a part of the frame at a time (jackknife): it holds the noise as well as
@@ -338,15 +338,15 @@ def _error(z: Floats, s: Floats, k: int, tiles: Floats) -> float:
     ----------
     z, s : numpy.ndarray
         ``(Z,)`` of the planes.
-    k : int
-        Of the sharpest one.
     tiles : numpy.ndarray
         ``(Z, tiles)``.
+    focus, width : float
+        As of `focus_of`.
     """
-    focus, width = focus_of(z, s)
+    k, half = int(s.argmax()), (s.max() + s.min()) / 2
     step = float(np.median(np.diff(z)))
-    i, j = _above(s, k, s.min() + 0.5 * (s[k] - s.min()))
-    top = s[i : j + 1] - 0.5 * (s[k] + s.min())
+    i, j = _above(s, k, half)
+    top = s[i : j + 1] - half
     lever = math.sqrt(float(np.square(z[i : j + 1] - focus).sum()))
     own = _scatter(z, s, k) * lever / float(top.sum())
     parts = _parts(tiles)
