@@ -14,6 +14,7 @@ onnx = pytest.importorskip("onnx")
 from mm_autofocus.cli import main  # noqa: E402
 from mm_autofocus.errors import InputError  # noqa: E402
 from mm_autofocus.models.card import Importance, ModelCard  # noqa: E402
+from mm_autofocus.models.consensus import agreed  # noqa: E402
 from mm_autofocus.models.nets import NETS, build_net  # noqa: E402
 from mm_autofocus.models.nets.base import NetContext  # noqa: E402
 from mm_autofocus.models.patches import cut, grid, mosaic, stack_looks  # noqa: E402
@@ -75,11 +76,12 @@ def test_the_graph_answers_as_torch_does_on_real_frames(exported, run, dataset) 
         defocus, sd = model.net.patches(patches)
         np.testing.assert_allclose(defocus, output.defocus.numpy(), atol=1e-3)
         np.testing.assert_allclose(sd, output.log_sd.exp().numpy(), atol=1e-3)
-        # and the frame is the median of those of its patches that matter
-        chosen = output.defocus.numpy()[importance.ravel() >= 0.8]
+        # and the frame is what those of its patches say together that matter
+        matter = importance.ravel() >= 0.8
+        chosen, sure = output.defocus.numpy()[matter], output.log_sd.exp().numpy()[matter]
         assert seen.content == len(chosen)
         if len(chosen):
-            assert seen.defocus_um == pytest.approx(float(np.median(chosen)), abs=1e-3)
+            assert seen.defocus_um == pytest.approx(agreed(chosen, sure), abs=1e-3)
 
 
 def test_any_number_of_patches_and_any_mosaic_fit(exported) -> None:

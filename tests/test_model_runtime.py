@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mm_autofocus.errors import InputError
 from mm_autofocus.models import consensus, ood, patches
 from mm_autofocus.models.card import TopK
@@ -50,6 +52,49 @@ def test_the_answer_is_the_median_of_what_the_net_says_of_the_patches(
     assert p.content == 6
     assert p.corners.tolist() == (p.cells * PATCH).tolist()
     assert np.allclose(p.focus_map(), 10 * levels / top, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "sd", "expected"),
+    [
+        ([3.0], [0.0], 3.0),
+        ([3.0, 1.0], None, 2.0),
+        ([3.0, 1.0], [0.2, 0.2], 2.0),  # alike: the common median, of any number of patches
+        ([3.0, 1.0, 7.0], [0.2, 0.2, 0.2], 3.0),
+        ([3.0, 1.0], [0.2, 0.1], 1.0),  # the surer one
+        ([3.0, 1.0, 7.0, 8.0], [0.1, 5.0, 5.0, 5.0], 3.0),
+        ([0.0, 7.0, 8.0, 7.5], [1.0, 2.0, 2.0, 2.0], 7.0),  # less sure, and still a majority
+        ([3.0, 1.0], [0.0, 0.0], 2.0),
+        ([3.0, 1.0, 2.0], [0.0, 1.0, 1.0], 3.0),
+    ],
+)
+def test_patches_agree_on_their_median_and_the_surer_ones_count_more(values, sd, expected):
+    sd = None if sd is None else np.array(sd, np.float32)
+    found = consensus.agreed(np.array(values, np.float32), sd)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(-25, 25, width=32), st.floats(0.0625, 8, width=32)),
+        min_size=1,
+        max_size=31,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_no_answer_has_a_smaller_weighted_error_than_the_weighted_median(patches, random):
+    values, sd = np.array(patches, np.float32).T
+    found = consensus.agreed(values, sd)
+    assert values.min() <= found <= values.max()
+
+    def off(answer):
+        return float(np.sum(np.abs(values.astype(float) - answer) / sd))
+
+    assert all(off(found) <= off(float(v)) * (1 + 1e-6) + 1e-6 for v in values)
+    shuffled = list(range(len(values)))
+    random.shuffle(shuffled)
+    assert consensus.agreed(values[shuffled], sd[shuffled]) == pytest.approx(found, abs=1e-5)
 
 
 def _order(prediction):

@@ -30,6 +30,7 @@ torch.set_num_threads(1)
 
 SMALL = {
     "tsva": {"width": 4},
+    "tsva, told": {"width": 4, "told": True},
     "unet": {"width": 4},
     "nafnet": {"width": 4},
 }
@@ -55,7 +56,7 @@ OPTIONS = {
 def small(name: str, channels: int = 3, **options):
     torch.manual_seed(0)
     context = NetContext(channels=channels, half_um=(0.5, 3.0), range_um=(-2.5, 2.5))
-    net = build_net(name, context, {**SMALL[name], **options})
+    net = build_net(name.split(",", maxsplit=1)[0], context, {**SMALL[name], **options})
     for parameter in net.parameters():
         if not parameter.abs().max():  # what begins with nothing would hide what it sees
             torch.nn.init.normal_(parameter, std=0.1)
@@ -64,7 +65,8 @@ def small(name: str, channels: int = 3, **options):
 
 def test_all_of_them_are_tried_here() -> None:
     torch_tasks = {name: NETS.get(name).task for name in NETS.names()}
-    assert {n for n, task in torch_tasks.items() if task == "refocus"} == set(SMALL)
+    there = {n for n, task in torch_tasks.items() if task == "refocus"}
+    assert there == {label.split(",")[0] for label in SMALL}
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -93,7 +95,7 @@ def test_a_net_answers_and_learns(name, channels) -> None:
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_untrained_it_returns_the_sharper_shot(name) -> None:
     context = NetContext(channels=1, half_um=(0.5, 3.0))
-    net = build_net(name, context, SMALL[name])
+    net = build_net(name.split(",")[0], context, SMALL[name])
     shots = torch.rand(1, 2, 32, 32)
     image = net(shots[:, : net.shots], torch.ones(1), torch.ones(1)).image
     assert torch.equal(image, shots[:, :1])
@@ -124,15 +126,48 @@ def test_a_pixel_sees_no_farther_than_the_halo(name) -> None:
     at = torch.nonzero(slope.abs().sum((0, 1, 2))).flatten()
     assert middle + 16 - int(at.min()) <= net.halo_px
     assert int(at.max()) - (middle + 23) <= net.halo_px
+    # no gradient tells what a net is told of the distance, which it estimates from pixels, too
+    seen_alone = torch.rand_like(shots)
+    near = slice(middle + 16 - net.halo_px, middle + 24 + net.halo_px)
+    seen_alone[..., near, near] = shots.detach()[..., near, near]
+    with torch.no_grad():
+        alone = net(seen_alone, torch.ones(1), torch.ones(1)).image
+    at_last = slice(middle + 16, middle + 24)
+    difference = (alone - out.image)[..., at_last, at_last].abs().max()
+    assert difference < 1e-5 < (alone - out.image).abs().max()
 
 
-def test_only_one_net_is_told_which_shot_is_lower() -> None:
+def test_which_nets_know_where_the_shots_lie() -> None:
     shots = torch.rand(1, 6, 32, 32)
-    for name, differs in (("tsva", False), ("unet", False), ("nafnet", True)):
+    cases = (("tsva", False), ("tsva, told", True), ("unet", False), ("nafnet", True))
+    for name, differs in cases:
         net = small(name).eval()
         given = shots[:, : 3 * net.shots]
         one, other = (net(given, torch.tensor([s]), torch.ones(1)).image for s in (1.0, -1.0))
         assert torch.equal(one, other) != differs
+
+
+def test_a_net_that_is_told_begins_as_the_published_one() -> None:
+    context = NetContext(channels=3, half_um=(0.5, 3.0), range_um=(-2.5, 2.5))
+    told = build_net("tsva", context, {"width": 4, "told": True}).eval()
+    published = build_net("tsva", context, {"width": 4}).eval()
+    torch.nn.init.normal_(told.up.last.weight)
+    weights = {k: v for k, v in told.state_dict().items() if not k.startswith("gates.")}
+    published.load_state_dict(weights)
+    shots, side, half = torch.rand(2, 6, 32, 32), torch.ones(2), torch.tensor([0.5, 3.0])
+    with torch.no_grad():
+        assert torch.equal(told(shots, side, half).image, published(shots, side, half).image)
+        torch.nn.init.normal_(told.gates.gates[0].weight)
+        of_half = told(shots[:1].expand(2, -1, -1, -1), side, half).image
+        assert not torch.equal(of_half[0], of_half[1])
+
+
+def test_to_be_told_the_distance_does_not_change_how_it_is_estimated() -> None:
+    net = small("tsva, told")
+    out = net(torch.rand(1, 6, 32, 32), torch.ones(1), torch.ones(1))
+    out.image.sum().backward()
+    assert all(p.grad is None for p in net.toward.parameters())
+    assert all(p.grad is not None for p in net.gates.parameters())
 
 
 def test_a_net_of_one_shot_may_learn_from_either() -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Sparsity",
+    "agreed",
     "choose",
     "class_of",
     "content_of",
@@ -28,12 +29,15 @@ __all__ = [
     "expected_error",
     "raw_error",
     "spread",
+    "weighted_median",
 ]
 
 Sparsity: TypeAlias = Literal["dense", "sparse", "extremely-sparse", "blank"]
 
 _PAPER_GRID = 81  # the numbers of patches per class were chosen for 9 × 9
 _MEDIAN = 1.2533  # standard error of a median over that of a mean
+_LEAST_SD, _TINY = 1e-3, 1e-12  # of the largest; no patch outweighs all others for ever
+_SLACK = 1e-9
 _SHORE = 0.2  # share of patches on the other side of focus that makes the direction doubtful
 
 _CONTENT = 4.0  # variance of a cell over that of the noise
@@ -130,6 +134,37 @@ def _filtered(plane: Real, kernel: Real) -> Real:
 def _cells(plane: Real, rows: int, columns: int) -> Real:
     n = CELL_PX
     return plane.reshape(rows, n, columns, n).swapaxes(1, 2).reshape(rows * columns, n * n)
+
+
+def agreed(values: Real, sd: Real | None) -> float:
+    """What patches say together: their median, weighted by how sure the net is of each.
+
+    The weights are the inverse of the standard deviations: so it is the most likely value of
+    errors that follow Laplace's distribution, as the nets are taught that they do.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        ``(n,)``, at least one.
+    sd : numpy.ndarray | None
+        ``(n,)``, the net's own, 0 or more; None: all count alike.
+    """
+    if sd is None:
+        return float(np.median(values))
+    sure = np.asarray(sd, np.float64)
+    return weighted_median(values, 1 / np.maximum(sure, max(_LEAST_SD * sure.max(), _TINY)))
+
+
+def weighted_median(values: Real, weights: npt.NDArray[np.float64]) -> float:
+    """Value with half of the weight on either side; midway between two where both are it."""
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(weights[order])
+    half = below[-1] / 2
+    if not math.isfinite(half):
+        return math.nan
+    slack = _SLACK * half  # sums of equal weights differ by their last bits
+    first, last = np.searchsorted(below, (half - slack, half + slack))
+    return float((values[order[first]] + values[order[last]]) / 2)
 
 
 def spread(values: Real) -> float | None:

@@ -18,6 +18,7 @@ from mm_autofocus.errors import InputError
 from mm_autofocus.metrics import brenner
 from mm_autofocus.models import ood
 from mm_autofocus.models.card import Shots
+from mm_autofocus.models.consensus import weighted_median
 from mm_autofocus.models.frames import Frames, saturation
 from mm_autofocus.models.fusion import grey_of
 from mm_autofocus.models.onnx_net import OnnxFile
@@ -380,13 +381,8 @@ def summary(toward: Real, sd: Real) -> tuple[float, float]:
     Neighbouring places see the same specimen and err together: to have many of them makes
     the error no smaller than that of a good one.
     """
-    order = np.argsort(toward, kind="stable")
-    weight = np.cumsum((1 / np.square(sd.astype(np.float64)))[order])
-    at = int(np.searchsorted(weight, weight[-1] / 2))
-    by_sd = np.argsort(sd, kind="stable")
-    share = np.cumsum((1 / np.square(sd.astype(np.float64)))[by_sd])
-    typical = sd[by_sd[int(np.searchsorted(share, share[-1] / 2))]]
-    return float(toward[order[at]]), float(typical)
+    weights = 1 / np.square(sd.astype(np.float64))
+    return weighted_median(toward, weights), weighted_median(sd, weights)
 
 
 def _sharpness(shot: Image, limit: float) -> float:

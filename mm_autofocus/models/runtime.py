@@ -170,7 +170,7 @@ class _PatchModel(ABC):
             x = frames.cut(cells)
             values, sd = self._patches(normalise(self.card, x, frames.max_value))
             values, sd, cells = self._finite(values, sd, cells, reasons)
-        defocus = float(np.median(values)) if len(values) else None
+        defocus = consensus.agreed(values, sd) if len(values) else None
         apart = consensus.spread(values)
         error = None
         if defocus is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 import torch
 
+from mm_autofocus.models.consensus import agreed
 from mm_autofocus.training.fields import Field, read_looks
 from mm_autofocus.training.pairs import Pair, Truths, decibels, read_pair
 from mm_autofocus.training.planes import PlaneReader
@@ -238,7 +239,7 @@ def score(
     patches: Sequence[tuple[int, int, int, int]],
     predicted: npt.NDArray[np.float32],
 ) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
-    """Figures of predicted patches, and of the frames that they make by their median.
+    """Figures of predicted patches, and of the frames that they make together.
 
     Returns
     -------
@@ -257,8 +258,8 @@ def score(
     for f in range(frame.max() + 1):
         mine = frame == f
         i, k = at[mine][0]
-        middle = np.median(predicted[mine], axis=0)
-        rows.append((i, k, labels[mine][0], middle[0], middle[1]))
+        defocus, sd = predicted[mine].T
+        rows.append((i, k, labels[mine][0], agreed(defocus, sd), float(np.median(sd))))
     frames = np.array(rows, float)
     error = np.abs(frames[:, 3] - frames[:, 2])
     patch_error = np.abs(predicted[:, 0] - labels)

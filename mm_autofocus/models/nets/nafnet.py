@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_autofocus.models.nets.base import AnyOptions, NetContext
-from mm_autofocus.models.nets.refocus import RefocusNet, RefocusOptions
+from mm_autofocus.models.nets.refocus import RefocusNet, RefocusOptions, Where
 
 __all__ = ["NafNet", "NafNetOptions"]
 
@@ -137,7 +137,7 @@ class NafNet(RefocusNet):
         assert isinstance(self.options, NafNetOptions)
         return self.options
 
-    def recover(self, shots: Tensor, side: Tensor) -> Tensor:
+    def recover(self, shots: Tensor, where: Where) -> Tensor:
         """Of two shots."""
         c = self.context.channels
         n = shots.shape[0]  # not len, which the export would take for a constant
@@ -147,7 +147,7 @@ class NafNet(RefocusNet):
         met = []
         for k in range(_SCALES):
             x = self.paths[k](x)
-            met.append(self.meets[k](x[:n], x[n:], side))
+            met.append(self.meets[k](x[:n], x[n:], where.side))
             if k < _SCALES - 1:
                 x = self.downs[k](x)
         y = self.after[-1](met[-1])

@@ -16,7 +16,7 @@ from mm_autofocus.models.nets.base import (
     full_precision,
 )
 
-__all__ = ["Recovered", "RefocusNet", "RefocusOptions", "TowardHead"]
+__all__ = ["Recovered", "RefocusNet", "RefocusOptions", "TowardHead", "Where"]
 
 _LEVELS = 4  # of detail: at 1, 2, 4 and 8 pixels
 _WINDOW = 9  # places of 8 pixels about which detail is averaged
@@ -62,6 +62,26 @@ class Recovered(NamedTuple):
     """
 
     image: Tensor
+    toward: Tensor
+    log_sd: Tensor
+
+
+class Where(NamedTuple):
+    """Where the shots lie, as far as a net may know.
+
+    Attributes
+    ----------
+    side : Tensor
+        ``(N,)``: +1 where the sharper shot is the lower one, else -1.
+    half_um : Tensor
+        ``(N,)``: half of their distance.
+    toward, log_sd : Tensor
+        ``(N, H / 8, W / 8)`` as in `Recovered`; no gradient flows back through them, for they
+        are to tell the distance and nothing else.
+    """
+
+    side: Tensor
+    half_um: Tensor
     toward: Tensor
     log_sd: Tensor
 
@@ -143,7 +163,7 @@ class RefocusNet(Net):
         """Margin that a tile loses, a multiple of `multiple`."""
         raise NotImplementedError
 
-    def recover(self, shots: Tensor, side: Tensor) -> Tensor:
+    def recover(self, shots: Tensor, where: Where) -> Tensor:
         """Return what is to be added to the sharper shot."""
         raise NotImplementedError
 
@@ -159,10 +179,12 @@ class RefocusNet(Net):
         half_um : Tensor
             ``(N,)``: half of their distance.
         """
-        change = self.recover(shots, side)
+        toward, log_sd = self.toward(shots, side, half_um)
+        where = Where(side, half_um, toward.detach(), log_sd.detach())
+        change = self.recover(shots, where)
         # in full precision: half of it would round what needs no change at all
         image = shots[:, : self.context.channels].float() + change.float()
-        return Recovered(image, *self.toward(shots, side, half_um))
+        return Recovered(image, toward, log_sd)
 
     def losses_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parts of the loss, weighted, of a batch of `training.pairs.PairSource`."""

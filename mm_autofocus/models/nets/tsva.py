@@ -9,6 +9,11 @@ the skips and the last one. The text gives neither the number of scales nor the 
 scales are the reading with which its count comes out. The channels of the figure would
 make a net beyond what is shipped, `width` sets them.
 
+Beyond the paper, by choice (`TsvaOptions.told`): the expansive path is told how far each shot
+lies from focus. The distance of the shots is known, and the net estimates where between them
+focus lies anyway; with it, how much of each spatial frequency is left in which of them is no
+longer a guess.
+
 U-Net: Ronneberger, Fischer, Brox, *MICCAI* 2015, with the same widths and the same residual,
 shown one shot alone: the paper's baseline. A scanner that exposes once cannot know whether its
 shot is the sharper one of two that it might have taken (`UNetOptions.shot`).
@@ -16,6 +21,7 @@ shot is the sharper one of two that it might have taken (`UNetOptions.shot`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -24,15 +30,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_autofocus.models.nets.base import AnyOptions, NetContext
-from mm_autofocus.models.nets.refocus import RefocusNet, RefocusOptions
+from mm_autofocus.models.nets.refocus import RefocusNet, RefocusOptions, Where
 
-__all__ = ["Tsva", "TsvaOptions", "UNet", "UNetOptions"]
+__all__ = ["Gates", "PathOptions", "Tsva", "TsvaOptions", "UNet", "UNetOptions"]
 
 _SCALES = 4
+_TOLD_HIDDEN = 32
+_NO_GATES: tuple[None, ...] = (None,) * _SCALES
 
 
-class TsvaOptions(RefocusOptions):
-    """Options of `Tsva` and `UNet`.
+class PathOptions(RefocusOptions):
+    """Options of the paths of `Tsva` and `UNet`.
 
     Attributes
     ----------
@@ -46,7 +54,20 @@ class TsvaOptions(RefocusOptions):
     norm: Literal["batch", "none"] = "batch"
 
 
-class UNetOptions(TsvaOptions):
+class TsvaOptions(PathOptions):
+    """Options of `Tsva`.
+
+    Attributes
+    ----------
+    told : bool
+        Whether the expansive path is told the defocus of both shots, as far as known; not as
+        published.
+    """
+
+    told: bool = False
+
+
+class UNetOptions(PathOptions):
     """Options of `UNet`.
 
     Attributes
@@ -73,7 +94,7 @@ def _block(before: int, width: int, norm: str) -> nn.Sequential:
 class _Down(nn.Module):
     """The contracting path: features of each scale, the finest first."""
 
-    def __init__(self, channels: int, options: TsvaOptions) -> None:
+    def __init__(self, channels: int, options: PathOptions) -> None:
         super().__init__()
         widths = [options.width * 2**k for k in range(_SCALES)]
         self.blocks = nn.ModuleList(
@@ -93,7 +114,7 @@ class _Down(nn.Module):
 class _Up(nn.Module):
     """The expansive path: from the deepest features and those beside it to the image."""
 
-    def __init__(self, channels: int, options: TsvaOptions, paths: int) -> None:
+    def __init__(self, channels: int, options: PathOptions, paths: int) -> None:
         super().__init__()
         widths = [options.width * 2**k for k in reversed(range(_SCALES - 1))]
         deep = [2 * w for w in widths]
@@ -105,14 +126,55 @@ class _Up(nn.Module):
         assert self.last.bias is not None
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, skips: list[tuple[Tensor, ...]]) -> Tensor:
-        """Deepest features and, coarsest first, those of each path beside it."""
-        for up, block, beside in zip(self.ups, self.blocks, skips, strict=True):
+    def forward(
+        self,
+        x: Tensor,
+        skips: list[tuple[Tensor, ...]],
+        gates: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Deepest features and, coarsest first, those of each path beside it, and gates."""
+        layers = zip(self.ups, self.blocks, skips, gates, strict=True)
+        for k, (up, block, beside, gate) in enumerate(layers, 1):
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             x = up(F.pad(x, (0, 1, 0, 1)))
-            x = block(torch.cat((x, *beside), 1))
+            x = block(_gated(torch.cat((x, *beside), 1), gate, 2**k))
         out: Tensor = self.last(x)
         return out
+
+
+class Gates(nn.Module):
+    """How much of each channel is taken where, by how far either shot lies from focus.
+
+    Parameters
+    ----------
+    channels : list of int
+        Of what is gated.
+    """
+
+    def __init__(self, channels: list[int]) -> None:
+        super().__init__()
+        self.hidden = nn.Conv2d(6, _TOLD_HIDDEN, 1)
+        gates = [nn.Conv2d(_TOLD_HIDDEN, c, 1) for c in channels]
+        for parameter in (p for gate in gates for p in gate.parameters()):
+            nn.init.zeros_(parameter)  # it begins as the published net
+        self.gates = nn.ModuleList(gates)
+
+    def forward(self, where: Where) -> list[Tensor]:
+        """What is added to 1: each ``(N, channels, H / 8, W / 8)``."""
+        side = where.side[:, None, None].expand_as(where.toward)
+        beyond = 2 * where.half_um[:, None, None] - where.toward  # of the other shot
+        known = (side, where.toward, beyond, side * where.toward, side * beyond, where.log_sd)
+        x = F.relu(self.hidden(torch.stack(known, 1)))
+        return [gate(x) for gate in self.gates]
+
+
+def _gated(x: Tensor, gate: Tensor | None, step: int) -> Tensor:
+    """``(N, C, H, W)``, more or less of each by a gate of one value for `step` pixels."""
+    if gate is None:
+        return x
+    if step > 1:
+        gate = F.interpolate(gate, scale_factor=float(step), mode="nearest")
+    return x + x * gate
 
 
 class Tsva(RefocusNet):
@@ -130,19 +192,27 @@ class Tsva(RefocusNet):
         meet += [nn.BatchNorm2d(deepest)] if options.norm == "batch" else []
         self.meet = nn.Sequential(*meet, nn.ReLU(inplace=True))
         self.up = _Up(context.channels, options, paths=2)
+        self.gates: Gates | None = None
+        if options.told:
+            widths = [options.width * 2**k for k in reversed(range(_SCALES - 1))]
+            self.gates = Gates([2 * deepest, *(3 * w for w in widths)])
 
     @property
     def halo_px(self) -> int:
-        """Margin that a tile loses: a pixel sees up to 66 others to each side."""
+        """Margin that a tile loses: a pixel sees up to 66 others to each side.
+
+        What gates are made of is seen from as far, so that being told adds nothing to it.
+        """
         return 72
 
-    def recover(self, shots: Tensor, side: Tensor) -> Tensor:
-        """Of two shots; which of them is the lower one it is not told, as published."""
+    def recover(self, shots: Tensor, where: Where) -> Tensor:
+        """Of two shots; where they are taken it is told by choice alone."""
         c = self.context.channels
         one, two = self.down(shots[:, :c]), self.down(shots[:, c:])
-        deep = self.meet(torch.cat((one[-1], two[-1]), 1))
+        first, *gates = _NO_GATES if self.gates is None else self.gates(where)
+        deep = self.meet(_gated(torch.cat((one[-1], two[-1]), 1), first, 1))
         skips = list(zip(one[-2::-1], two[-2::-1], strict=True))
-        out: Tensor = self.up(deep, skips)
+        out: Tensor = self.up(deep, skips, gates)
         return out
 
 
@@ -163,11 +233,11 @@ class UNet(RefocusNet):
         """Margin that a tile loses: a pixel sees up to 58 others to each side."""
         return 64
 
-    def recover(self, shots: Tensor, side: Tensor) -> Tensor:
+    def recover(self, shots: Tensor, where: Where) -> Tensor:
         """Of the first shot."""
         features = self.down(shots[:, : self.context.channels])
         skips = [(f,) for f in features[-2::-1]]
-        out: Tensor = self.up(features[-1], skips)
+        out: Tensor = self.up(features[-1], skips, _NO_GATES[1:])
         return out
 
     def losses_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
