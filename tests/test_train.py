@@ -144,10 +144,15 @@ def test_readers_beside_it_change_nothing(dataset: Dataset, tmp_path: Path) -> N
 
 def test_more_epochs_may_be_asked_for_and_nothing_else(dataset: Dataset, tmp_path) -> None:
     run = tmp_path / "run"
-    train(dataset.path, run, {**QUICK, "epochs": 1, "schedule": "constant"})
+    begun = {**QUICK, "schedule": "constant", "augment": {"noise": 0.01}}
+    train(dataset.path, run, {**begun, "epochs": 1})
     with pytest.raises(InputError, match="lr: cannot change when a run is resumed"):
         train(dataset.path, run, {"lr": 1.0}, resume=True)
-    assert train(dataset.path, run, {"epochs": 2}, resume=True)["epochs"] == 2
+    with pytest.raises(InputError, match="augment: cannot change when a run is resumed"):
+        train(dataset.path, run, {"augment": {"noise": 0.5}}, resume=True)
+    # the words that began it, part of a mapping among them, and one that may change
+    again = {**begun, "epochs": 2}
+    assert train(dataset.path, run, again, resume=True)["epochs"] == 2
     assert len(rows(run)) == 2
     with pytest.raises(InputError, match="holds a run already; --resume continues it"):
         train(dataset.path, run, QUICK)

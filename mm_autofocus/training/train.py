@@ -126,11 +126,21 @@ def _resumed(run: Path, given: TrainOptions | Mapping[str, Any] | None) -> Train
     before = read_options_file(run / "options.yaml")
     changes = dict(given or {}) if not isinstance(given, TrainOptions) else {}
     for key, value in changes.items():
-        if key not in _MAY_CHANGE and before.get(key) != value:
+        if key not in _MAY_CHANGE and not _says(before.get(key), value):
             raise InputError(
                 f"{key}: cannot change when a run is resumed; it may: {', '.join(_MAY_CHANGE)}"
             )
-    return read_options({**before, **changes}, where=str(run / "options.yaml"))
+    free = {k: v for k, v in changes.items() if k in _MAY_CHANGE}
+    return read_options({**before, **free}, where=str(run / "options.yaml"))
+
+
+def _says(before: Any, value: Any) -> bool:
+    """Whether options say this already; of a mapping, so far as it goes."""
+    if isinstance(value, Mapping) and isinstance(before, Mapping):
+        return all(k in before and _says(before[k], v) for k, v in value.items())
+    if isinstance(value, tuple | list) and isinstance(before, tuple | list):
+        return list(before) == list(value)
+    return bool(before == value)
 
 
 def prepare(
