@@ -224,7 +224,9 @@ class RefocusModel(OnnxFile):
         lower, upper : numpy.ndarray
             ``(Y, X)`` or ``(Y, X, 3)``, uint8, uint16 or float32, at F - ΔD and F + ΔD.
         half_um : float | None
-            ΔD. Beyond the model's range it is a reason not to trust the image.
+            ΔD. Beyond the model's range it is a reason not to trust the image. None: not known;
+            a net that asks for it is told the middle of that range, and where focus lies is
+            not said.
         max_value : float | None
             Value at which the camera saturates; None: the largest of the integer type.
         pixel_size_um : float | None
