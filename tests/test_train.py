@@ -136,6 +136,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
         assert torch.equal(value, again["training"][name]), name
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
 def test_readers_beside_it_change_nothing(dataset: Dataset, tmp_path: Path) -> None:
     train(dataset.path, tmp_path / "a", {**QUICK, "epochs": 1})
     train(dataset.path, tmp_path / "b", {**QUICK, "epochs": 1, "workers": 2})
