@@ -172,9 +172,10 @@ def _gated(x: Tensor, gate: Tensor | None, step: int) -> Tensor:
     """``(N, C, H, W)``, more or less of each by a gate of one value for `step` pixels."""
     if gate is None:
         return x
+    share = 1 + gate  # added while it is small: at full resolution each step takes its time
     if step > 1:
-        gate = F.interpolate(gate, scale_factor=float(step), mode="nearest")
-    return x + x * gate
+        share = F.interpolate(share, scale_factor=float(step), mode="nearest")
+    return x * share
 
 
 class Tsva(RefocusNet):
