@@ -66,12 +66,13 @@ def test_the_answer_is_the_median_of_what_the_net_says_of_the_patches(
         ([0.0, 7.0, 8.0, 7.5], [1.0, 2.0, 2.0, 2.0], 7.0),  # less sure, and still a majority
         ([3.0, 1.0], [0.0, 0.0], 2.0),
         ([3.0, 1.0, 2.0], [0.0, 1.0, 1.0], 3.0),
+        ([3.0, 1.0], [0.2, np.nan], np.nan),
     ],
 )
 def test_patches_agree_on_their_median_and_the_surer_ones_count_more(values, sd, expected):
     sd = None if sd is None else np.array(sd, np.float32)
     found = consensus.agreed(np.array(values, np.float32), sd)
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert found == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 @settings(max_examples=200, deadline=None)

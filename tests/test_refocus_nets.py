@@ -53,10 +53,15 @@ OPTIONS = {
 }
 
 
+def kind(label: str) -> str:
+    """Name in the registry of a net in `SMALL`."""
+    return label.split(",", maxsplit=1)[0]
+
+
 def small(name: str, channels: int = 3, **options):
     torch.manual_seed(0)
     context = NetContext(channels=channels, half_um=(0.5, 3.0), range_um=(-2.5, 2.5))
-    net = build_net(name.split(",", maxsplit=1)[0], context, {**SMALL[name], **options})
+    net = build_net(kind(name), context, {**SMALL[name], **options})
     for parameter in net.parameters():
         if not parameter.abs().max():  # what begins with nothing would hide what it sees
             torch.nn.init.normal_(parameter, std=0.1)
@@ -66,7 +71,7 @@ def small(name: str, channels: int = 3, **options):
 def test_all_of_them_are_tried_here() -> None:
     torch_tasks = {name: NETS.get(name).task for name in NETS.names()}
     there = {n for n, task in torch_tasks.items() if task == "refocus"}
-    assert there == {label.split(",")[0] for label in SMALL}
+    assert there == {kind(label) for label in SMALL}
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -95,7 +100,7 @@ def test_a_net_answers_and_learns(name, channels) -> None:
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_untrained_it_returns_the_sharper_shot(name) -> None:
     context = NetContext(channels=1, half_um=(0.5, 3.0))
-    net = build_net(name.split(",")[0], context, SMALL[name])
+    net = build_net(kind(name), context, SMALL[name])
     shots = torch.rand(1, 2, 32, 32)
     image = net(shots[:, : net.shots], torch.ones(1), torch.ones(1)).image
     assert torch.equal(image, shots[:, :1])

@@ -156,7 +156,20 @@ def agreed(values: Real, sd: Real | None) -> float:
 
 
 def weighted_median(values: Real, weights: npt.NDArray[np.float64]) -> float:
-    """Value with half of the weight on either side; midway between two where both are it."""
+    """Value with half of the weight on either side; midway between two where both are it.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        ``(n,)``, at least one.
+    weights : numpy.ndarray
+        ``(n,)`` float64, above 0.
+
+    Returns
+    -------
+    float
+        NaN where a weight is no number.
+    """
     order = np.argsort(values, kind="stable")
     below = np.cumsum(weights[order])
     half = below[-1] / 2

@@ -202,7 +202,8 @@ class Tsva(RefocusNet):
     def halo_px(self) -> int:
         """Margin that a tile loses: a pixel sees up to 66 others to each side.
 
-        What gates are made of is seen from as far, so that being told adds nothing to it.
+        What gates are made of lies up to 72 beyond the 8 × 8 pixels that share a gate, and
+        tiles begin and end with these.
         """
         return 72
 
