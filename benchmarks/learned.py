@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     real = parser.add_argument_group("brain, metal")
     real.add_argument("--net", default="sparsefocus")
     real.add_argument("--minutes", type=float, help="of each training; default: its own")
-    real.add_argument("--init", help="metal: a run whose weights the training begins with")
+    real.add_argument(
+        "--init", help="metal: a run or a model whose weights the training begins with"
+    )
     real.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     return parser
 

@@ -20,13 +20,15 @@ from _training_stacks import (
 )
 
 RECIPE = Recipe(
-    # Every second plane has a partner 4 µm above for two looks; near focus they are dense
-    # enough for the label.
-    planes_um=tuple(sorted({*range(-26, 31, 2), -3, -1, 1, 3})),
-    first_seed=1000,
-    fields={256: (2, 0), 512: (1, 1)},
-    large=0.2,
+    # Every plane has a partner 4 µm above for two looks; near focus they are dense enough for
+    # the label. Many lenses rather than many planes of each: what errs far from focus is what
+    # is thought of the lens.
+    planes_um=tuple(sorted({*range(-26, 31, 4), -4, -3, -1, 0, 1, 3, 4, 5, 8})),
+    first_seed=10_000,
+    fields={256: (1, 0), 512: (1, 1)},
+    large=0.05,
     offset_um=(-2.0, 0.2),
+    one_sparsity=True,
 )
 
 TRAIN = {

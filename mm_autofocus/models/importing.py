@@ -29,6 +29,7 @@ __all__ = [
     "load_model",
     "load_refocus_model",
     "model_names",
+    "onnx_of",
     "shipped_models",
 ]
 
@@ -106,7 +107,7 @@ def load_refocus_model(
     """
     from mm_autofocus.models.refocus import RefocusModel
 
-    file = _onnx_of(name_or_path)
+    file = onnx_of(name_or_path)
     if file is None:
         raise InputError(
             f"model: {str(name_or_path)!r} is no ONNX file; a model that recovers the sharp "
@@ -124,7 +125,7 @@ def load_any(
     """Load a model, whatever its card says that it does."""
     from mm_autofocus.models.onnx_net import OnnxFile
 
-    file, given = _onnx_of(name_or_path), _card_of(card)
+    file, given = onnx_of(name_or_path), _card_of(card)
     load: Any = load_model
     if file is not None and OnnxFile(file, given).card.task == "refocus":
         load = load_refocus_model
@@ -137,7 +138,7 @@ def _card_of(card: ModelCard | str | Path | None) -> ModelCard | None:
     return read_sidecar(Path(card).expanduser()) if isinstance(card, str | Path) else card
 
 
-def _onnx_of(name_or_path: str | Path) -> Path | None:
+def onnx_of(name_or_path: str | Path) -> Path | None:
     """The ONNX file that is meant, a third party's, too; None if it is an object."""
     file, name = _file_of(name_or_path), str(name_or_path)
     if file is None and name in MODELS.names():

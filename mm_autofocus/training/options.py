@@ -104,7 +104,8 @@ class TrainOptions(BaseModel):
     workers : int | None
         Processes that read, per device; default: by the number of cores.
     init : str | None
-        Run or checkpoint whose weights it begins with (fine-tuning).
+        What it begins with the weights of (fine-tuning): a run, a checkpoint, the name of a
+        shipped model, or an ONNX file of ``export``.
     augment : AugmentOptions
         How samples are changed.
     pairs : PairOptions

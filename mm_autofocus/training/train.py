@@ -10,7 +10,7 @@ import pickle
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,6 +45,7 @@ __all__ = ["prepare", "train"]
 
 logger = logging.getLogger(__name__)
 
+_SETTLE_STEPS, _SETTLE_BATCH = 8, 32
 _MAY_CHANGE = (
     "epochs",
     "patience",
@@ -381,7 +382,7 @@ def _work(fabric: Fabric, pickled: bytes) -> dict[str, Any]:
     import torch
 
     from mm_autofocus.models.nets.base import NetContext
-    from mm_autofocus.training.checkpoint import find_checkpoint, load_checkpoint
+    from mm_autofocus.training.begin import begin_with, settle, weights_to_begin_with
     from mm_autofocus.training.loop import fit
     from mm_autofocus.training.progress import TrainingDisplay
     from mm_autofocus.training.spectra_first import spectra_first
@@ -390,7 +391,10 @@ def _work(fabric: Fabric, pickled: bytes) -> dict[str, Any]:
     identity = job.identity
     net = build_net(identity["model"], NetContext(**identity["context"]), identity["net"])
     if job.options.init is not None and job.state is None:
-        _begin_with(net, load_checkpoint(find_checkpoint(Path(job.options.init))))
+        begun = weights_to_begin_with(job.options.init)
+        begin_with(net, begun)
+        if begun["folded"]:
+            settle(net, _samples(job), fabric.device)
     with warnings.catch_warnings():
         # Lightning advises more workers and its own seeding; both are decided here
         warnings.filterwarnings("ignore", module="lightning_fabric")
@@ -402,17 +406,17 @@ def _work(fabric: Fabric, pickled: bytes) -> dict[str, Any]:
         return fit(fabric, job, net)
 
 
-def _begin_with(net: Any, state: dict[str, Any]) -> None:
-    """Take over what fits of other weights; a head for another range begins anew."""
-    own = net.state_dict()
-    fits = {k: v for k, v in state["weights"].items() if k in own and own[k].shape == v.shape}
-    if len(fits) < len(own) / 2:
-        raise InputError(
-            f"init: a net {state['model']!r} for {len(state['context']['looks_um'])} looks "
-            "does not fit; its kind, widths and looks must be the same"
-        )
-    fixed = {k for k in own if k.endswith("centres")}  # of this net's own range
-    net.load_state_dict({k: v for k, v in fits.items() if k not in fixed}, strict=False)
+def _samples(job: Job) -> Iterator[dict[str, Any]]:
+    """Samples of the first steps, as the loop shows them."""
+    from mm_autofocus.training.batches import batches_of
+
+    patches = batches_of(job.patches, _SETTLE_BATCH, range(_SETTLE_STEPS), workers=0)
+    if job.mosaics is None:
+        yield from patches
+        return
+    mosaics = batches_of(job.mosaics, _SETTLE_BATCH, range(_SETTLE_STEPS), workers=0)
+    for batch, beside in zip(patches, mosaics, strict=True):
+        yield {**batch, **beside}
 
 
 def _precision(options: TrainOptions) -> str:
