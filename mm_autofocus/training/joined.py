@@ -63,8 +63,7 @@ def add_datasets(
     files: dict[Path, str] = {}
     number = 1 + max((_number(s.file) for s in writer.stacks), default=-1)
     new = 0
-    for slide, facts in slides.items():
-        writer.begin(slide, facts)
+    writer.begin_all(slides)
     for stack in (stack for dataset in given for stack in dataset.stacks):
         if stack.key in have:
             continue

@@ -103,12 +103,18 @@ class DatasetWriter:
 
     def begin(self, slide: str, facts: Mapping[str, Any]) -> None:
         """Make the folder, mend what an interruption left, and note the slide."""
+        self.begin_all({slide: facts})
+
+    def begin_all(self, slides: Mapping[str, Mapping[str, Any]]) -> None:
+        """As `begin`, of many slides at once: what is known of them is written once."""
         self.path.mkdir(exist_ok=True)
         # Looking into every file takes long where there are thousands of them: only where
         # something can be amiss, or where the user comes back to a slide.
-        doubtful = slide in self.meta["slides"] or not self.meta.get("closed", False)
+        known = self.meta["slides"]
+        doubtful = not self.meta.get("closed", False) or any(s in known for s in slides)
         doubtful, self._mended = doubtful and not self._mended, True
-        self.meta["slides"].setdefault(slide, dict(facts))
+        for slide, facts in slides.items():
+            known.setdefault(slide, dict(facts))
         self.meta["closed"] = False
         self._write_meta()
         (self.path / PLANES).mkdir(exist_ok=True)

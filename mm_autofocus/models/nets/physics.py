@@ -36,6 +36,8 @@ __all__ = ["CrossSpectra", "OtfMatch", "RadialSpectrum", "Rings", "defocus_otf"]
 
 _TILE = 32
 _LEAST_POWER = 1e-8  # noise of a good camera, at 1 for white: some 1e-5
+_COARSE_RINGS = 8  # where there still is something far from focus
+_EMPTY = 0.02  # weight of the emptiest tile, in parts of that of the fullest
 _FLOOR = 1e-3  # of the OTF: behind its zeros noise and aberrations leave something
 
 
@@ -158,10 +160,14 @@ class Rings(nn.Module):
 
     def means(self, power: Tensor) -> Tensor:
         """``(N, C, tiles, T // 2 + 1, T)`` to means ``(N, C, rings)`` over tiles and rings."""
-        n, c = power.shape[:2]
+        return self.each(power.mean(2, keepdim=True)).mean(2)
+
+    def each(self, power: Tensor) -> Tensor:
+        """``(N, C, tiles, T // 2 + 1, T)`` to means ``(N, C, tiles, rings)`` over rings."""
+        n, c, tiles = power.shape[:3]
         masks: Tensor = self.masks  # type: ignore[assignment]
         # no -1: an empty batch would leave it open
-        rings: Tensor = power.mean(2).reshape(n, c, masks.shape[1]) @ masks.t()
+        rings: Tensor = power.reshape(n, c, tiles, masks.shape[1]) @ masks.t()
         return rings
 
 
@@ -194,7 +200,8 @@ class CrossSpectra(nn.Module):
 
     A quarter of a patch is a tile; at the coarsest scale, averaged over 4 × 4 pixels, the
     whole patch is one. Far from focus the ripples are finer than a small tile resolves, and
-    lie at frequencies that the coarse scale still holds.
+    lie at frequencies that the coarse scale still holds. Tiles with more in them count for
+    more: of a single cell in a patch the rest is noise.
 
     Parameters
     ----------
@@ -250,17 +257,36 @@ class CrossSpectra(nn.Module):
 
     def _at(self, x: Tensor, scale: int) -> Tensor:
         """``(N, planes + pairs, rings)`` at one scale."""
-        real, imaginary = self.rings.transform(
-            nn.functional.avg_pool2d(x, scale) if scale > 1 else x
-        )
-        power = self.rings.means(real.square() + imaginary.square())
+        image = nn.functional.avg_pool2d(x, scale) if scale > 1 else x
+        size = self.rings.tile
+        # few tiles overlap by half: what lies between two of them is not lost
+        few = size + size // 2 <= min(image.shape[2:]) < 4 * size
+        steps = (0, size // 2) if few else (0,)
+        parts = [self.rings.transform(image[:, :, y:, at:]) for y in steps for at in steps]
+        real = torch.cat([one for one, _ in parts], 2)
+        imaginary = torch.cat([other for _, other in parts], 2)
+        each = self.rings.each(real.square() + imaginary.square())
+        weight = _content(each)
+        power = (each * weight).sum(2)
         logarithm = (power + _LEAST_POWER).log()
         if not self.first:
             return logarithm
         i, j = self.first, self.second
-        both = self.rings.means(real[:, i] * real[:, j] + imaginary[:, i] * imaginary[:, j])
+        cross = real[:, i] * real[:, j] + imaginary[:, i] * imaginary[:, j]
+        both = (self.rings.each(cross) * weight).sum(2)
         root = (power[:, i] * power[:, j]).sqrt() + _LEAST_POWER
         return torch.cat((logarithm, both / root), 1)
+
+
+def _content(power: Tensor) -> Tensor:
+    """Weights ``(N, 1, tiles, 1)`` of tiles, 1 in all, by what they hold at low frequencies.
+
+    The emptiest tile tells how much of it is noise.
+    """
+    low = power[..., :_COARSE_RINGS].mean((1, 3))
+    above = low - low.amin(1, keepdim=True)
+    weight = above + _EMPTY * above.amax(1, keepdim=True) + _LEAST_POWER
+    return (weight / weight.sum(1, keepdim=True))[:, None, :, None]
 
 
 class OtfMatch(nn.Module):
