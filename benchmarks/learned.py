@@ -2,7 +2,7 @@
 
     python benchmarks/learned.py --part virtual-slide --model NAME_OR_PATH
                                  [--two-look MODEL] [--resnet MODEL] [--fields N] [--write]
-    python benchmarks/learned.py --part brain [--net NAME] [--minutes N] [--write]
+    python benchmarks/learned.py --part brain [--net NAME] [--minutes N] [--folds N] [--write]
     python benchmarks/learned.py --part information [--write]
     python benchmarks/learned.py --part labels [--fields N] [--write]
     python benchmarks/learned.py --part metal [--net NAME] [--init RUN] [--write]
@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     real.add_argument("--minutes", type=float, help="of each training; default: its own")
     real.add_argument(
         "--init", help="metal: a run or a model whose weights the training begins with"
+    )
+    real.add_argument(
+        "--folds", type=int, default=0, help="brain: hold each stack out once, by so many"
     )
     real.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     return parser

@@ -12,10 +12,11 @@ import tifffile
 from mm_autofocus import cli
 from mm_autofocus.errors import InputError
 from mm_autofocus.settings import parse_settings
-from mm_autofocus.training import Dataset
+from mm_autofocus.training import Dataset, store
 from mm_autofocus.training.collect import measure_of
 from mm_autofocus.training.joined import add_datasets
 from mm_autofocus.training.recorded import add_recorded
+from mm_autofocus.training.store import DatasetWriter
 
 
 def a_dataset(folder: Path, slide: str, n: int = 2, *, seed: int = 0, metric: str = "brenner"):
@@ -41,6 +42,20 @@ def test_two_datasets_become_one_with_the_same_pixels_and_labels(tmp_path):
         assert s.focus_z_um == old[s.key].focus_z_um
         np.testing.assert_array_equal(s.load(), old[s.key].load())
     assert set(joined.meta["slides"]) == {"s1", "s2"}
+
+
+def test_what_is_known_of_slides_is_written_once_however_many_they_are(tmp_path, monkeypatch):
+    a = a_dataset(tmp_path / "a", "s0", 1)
+    slides = {f"s{k}": {"plan": None} for k in range(50)}
+    writer = DatasetWriter(a.path, measure_of(parse_settings({"metric": "brenner"})))
+    writer.begin_all(slides)
+    writer.finish()
+    written = []
+    monkeypatch.setattr(store, "write_whole", lambda path, text: written.append(path))
+    monkeypatch.setattr(DatasetWriter, "dataset", lambda self: self.meta)
+    meta, _ = add_datasets([a.path], tmp_path / "all")
+    assert set(slides) <= set(meta["slides"])
+    assert len(written) == 2  # before and after the stacks
 
 
 def test_a_source_may_be_deleted_and_joining_again_adds_only_what_is_new(tmp_path):
