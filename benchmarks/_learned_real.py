@@ -130,6 +130,8 @@ def _folds(args: argparse.Namespace, folder: Path, data: Path) -> str:
         fields += found["fields"]
         minutes.append(took)
     seen = [f for f in fields if f["n_predicted"]]
+    if not seen:
+        return f"**Each stack held out once**, by {args.folds} trainings: nothing predicted."
     errors = np.array([f["mae_um"] for f in seen])
     counts = np.array([f["n_predicted"] for f in seen])
     drawn = np.random.default_rng(0).integers(0, len(seen), (2000, len(seen)))

@@ -368,7 +368,7 @@ def demo_part() -> str:
 
 # -- the virtual slide -------------------------------------------------------------------
 
-HELD_OUT_SEED = 7
+HELD_OUT_SEED = 17
 
 
 def virtual_part() -> str:
@@ -377,8 +377,8 @@ def virtual_part() -> str:
     starts = ", ".join(f"{s:+g}" for s in _virtual_fields.STARTS_UM)
     return (
         f"SIMULATED: the virtual slide at 20×/0.75, slide seed {HELD_OUT_SEED}; the constants "
-        "were set on the seeds 1 and 3; seed 7 had been run once before, on an interim "
-        "version, and nothing was set by it. 20 fields of each kind and 20 blank ones, each "
+        "were set on the seeds 1, 3 and 7; this one had not been run before. 20 fields of each "
+        "kind and 20 blank ones, each "
         f"from {starts} µm of its geometric focus, within ±15 µm. The stage comes to rest with "
         "a standard deviation of 0.15 µm (`repeatability_um: 0.15`). The error is the true "
         "defocus, by the focus measure on noiseless images, of a frame taken after the search; "

@@ -26,9 +26,10 @@ RECIPE = Recipe(
     # is to be found that is none of the shots.
     planes_um=tuple(sorted({*(k / 2 for k in range(-14, 15)), *(k / 4 for k in range(-5, 6))})),
     first_seed=2000,
-    fields={256: (3, 0)},
+    fields={256: (2, 0)},
     large=0.0,
     offset_um=(-1.4, -0.4),
+    one_sparsity=True,
 )
 
 MODELS: dict[str, tuple[str, dict[str, object]]] = {
