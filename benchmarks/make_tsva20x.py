@@ -1,13 +1,13 @@
 """Make the models of the virtual slide that recover the sharp image: collect, train, export.
 
-    python benchmarks/make_tsva20x.py -o FOLDER [--stacks 900] [--minutes 180]
+    python benchmarks/make_tsva20x.py -o FOLDER [--stacks 1600] [--minutes 180]
 
 Beside the two-shot net (``tsva``, told how far its shots lie from focus) the gated one
 (``nafnet``) and the single-shot U-Net, the baseline, are trained on the same stacks, with the
 same options and for as long.
 The U-Net learns from either shot: a scanner that exposes once has no sharper one to choose.
-On two cores the stacks take ten minutes; each step goes on where it was interrupted. The data
-stay in FOLDER (some 7 MB a stack).
+On two cores the stacks take twenty minutes; each step goes on where it was interrupted. The
+data stay in FOLDER (some 7 MB a stack).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from _training_stacks import (
 
 RECIPE = Recipe(
     # Half a µm apart as far as a shot may lie from focus; a quarter near it, where the truth
-    # is to be found that is none of the shots.
+    # is to be found that is none of the shots. Of each slide fields of one sparsity: as many
+    # stacks stand under three times as many lenses.
     planes_um=tuple(sorted({*(k / 2 for k in range(-14, 15)), *(k / 4 for k in range(-5, 6))})),
     first_seed=2000,
     fields={256: (2, 0)},
@@ -66,7 +67,9 @@ STAGES: tuple[tuple[dict[str, object], float], ...] = (
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], stacks=900, minutes=180, size="some 7 MB a stack")
+    args = arguments(
+        __doc__.splitlines()[0], stacks=1600, minutes=180, size="some 7 MB a stack"
+    )
     if args.job is not None:
         folder = args.output / f"share{args.job}"
         collect_share(RECIPE, folder, args.stacks, args.job, args.jobs)
