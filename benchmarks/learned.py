@@ -60,7 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         "--init", help="metal: a run or a model whose weights the training begins with"
     )
     real.add_argument(
-        "--folds", type=int, default=0, help="brain: hold each stack out once, by so many"
+        "--folds",
+        type=int,
+        default=0,
+        choices=(0, *range(2, 21)),  # of one fold nothing would be left to learn from
+        metavar="N",
+        help="brain: hold each stack out once, by so many trainings, 2 … 20",
     )
     real.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     return parser

@@ -12,9 +12,10 @@ from mm_autofocus.errors import InputError
 from mm_autofocus.registry import STRATEGIES
 from mm_autofocus.replay import RecordedStack, request_for
 from mm_autofocus.settings import AutofocusSettings, EscalationStep, parse_settings
+from mm_autofocus.strategies._curve import Estimate
 from mm_autofocus.strategies.brent import Brent, bounded_brent
 from mm_autofocus.strategies.escalate import Escalate, build_strategy
-from mm_autofocus.strategies.hill_climb import HillClimb
+from mm_autofocus.strategies.hill_climb import HillClimb, _Climb
 from mm_autofocus.strategies.sweep import Sweep
 from mm_autofocus.types import FocusRequest, FocusResult, Look, Optics, Prior
 from scipy.optimize import minimize_scalar
@@ -110,6 +111,15 @@ def test_a_stage_that_is_coarser_than_the_tolerance_is_not_sure():
     assert "repeatability" in result.reason
     assert result.looks < 15  # it does not try until the budget is spent
     assert abs(rig.true_um - 3.0) < 1.2
+
+
+@pytest.mark.parametrize(("width_um", "coarse"), [(3.0, True), (30.0, False)])
+def test_beside_a_narrow_peak_a_coarse_stage_loses_what_no_look_saves(width_um, coarse):
+    request = FocusRequest(0.0, -20.0, 20.0, tolerance_um=0.2, z_sd_um=0.3)
+    known = Estimate(
+        z_um=0.0, loss=0.001, sd_um=0.1, width_um=width_um, beyond=0.0, outside=0.0, score=1.0
+    )
+    assert _Climb(HillClimb(), request)._too_coarse(known) is coarse
 
 
 def test_the_same_looks_give_the_same_answer():
