@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 if TYPE_CHECKING:
     from mm_autofocus.training.options import TrainOptions
 
-__all__ = ["batches_of", "learning_rate"]
+__all__ = ["batches_of", "cores", "learning_rate"]
 
 
 def learning_rate(options: TrainOptions, part: float) -> float:
@@ -67,10 +67,16 @@ def batches_of(
     )
 
 
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _default_workers(cuda: bool, world: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # beside a CPU that computes, readers only get in each other's way
-    return max(1, (cores or 1) // world - 1) if cuda else 0
+    return max(1, cores() // world - 1) if cuda else 0
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:

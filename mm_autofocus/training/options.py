@@ -8,17 +8,39 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.registry import suggest
 from mm_autofocus.training.augment import AugmentOptions
 
-__all__ = ["PairOptions", "TrainOptions", "merge_sets", "read_options", "read_options_file"]
+__all__ = [
+    "PairOptions",
+    "TheoryOptions",
+    "TrainOptions",
+    "merge_sets",
+    "read_options",
+    "read_options_file",
+]
+
+
+def _rises(value: tuple[float, float]) -> tuple[float, float]:
+    if not value[0] <= value[1]:
+        raise ValueError("the smaller end comes first")
+    return value
+
 
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Range = Annotated[tuple[float, float], AfterValidator(_rises)]
 
 
 class PairOptions(BaseModel):
@@ -55,6 +77,44 @@ class PairOptions(BaseModel):
         return value
 
 
+class TheoryOptions(BaseModel):
+    """What is drawn to teach a net spectra of patches that nobody took, by theory.
+
+    Attributes
+    ----------
+    patches, passes : int
+        How many are drawn, and how often they are gone through; 0 patches: none.
+    each : int
+        Patches of one lens and specimen.
+    sigma : tuple of float
+        Condenser aperture over objective aperture.
+    spherical_waves, astigmatism_waves : tuple of float
+        Aberrations of the lens, in waves rms.
+    axial_colour_um : tuple of float
+        Focus of red minus focus of blue, as in `optics.Aberrations`.
+    thickness_um : tuple of float
+        Of the specimen.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    patches: Annotated[int, Field(ge=0)] = 0
+    passes: _Count = 12
+    each: _Count = 8
+    sigma: _Range = (0.3, 0.9)
+    spherical_waves: _Range = (-0.1, 0.1)
+    astigmatism_waves: _Range = (-0.05, 0.05)
+    axial_colour_um: _Range = (-1.0, 1.0)
+    thickness_um: _Range = (1.0, 6.0)
+
+    @field_validator("sigma")
+    @classmethod
+    def _apertures(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.01 <= value[0] <= value[1] <= 0.98:
+            raise ValueError("two numbers from 0.01 to 0.98, the smaller first")
+        return value
+
+
 class TrainOptions(BaseModel):
     """Options of the training.
 
@@ -82,6 +142,8 @@ class TrainOptions(BaseModel):
         Of nets that read spectra: of so many patches these are computed first, and so many
         passes over them teach the part that reads them, before the epochs (and their
         minutes) begin; 0 patches: not.
+    theory : TheoryOptions
+        Spectra by theory, which teach that part before those of patches do.
     mosaics : float
         Mosaics for the importance per patch; 0 leaves it untrained.
     lr, schedule, warmup, weight_decay, clip : float, str
@@ -132,6 +194,7 @@ class TrainOptions(BaseModel):
     near_um: _Positive = 4.0
     spectra_patches: Annotated[int, Field(ge=0)] = 0
     spectra_passes: _Count = 24
+    theory: TheoryOptions = Field(default_factory=TheoryOptions)
     mosaics: _Share = 0.125
     lr: _Positive = 2e-3
     schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"

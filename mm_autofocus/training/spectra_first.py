@@ -5,6 +5,9 @@ they are a thousand numbers instead of 50,000 pixels, and the perceptron behind 
 thousands a second where the whole net sees some tens. So what it must learn of many slides
 and lenses, it learns first, beside what the convolutions find as they are (of a net that
 begins with other weights, much); the loop then trains everything together.
+
+Before them come, if asked for, spectra by theory (`spectra_theory`), of many more lenses than
+anyone has stacks of. What differs between theory and images, those of images then mend.
 """
 
 from __future__ import annotations
@@ -14,19 +17,21 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from mm_autofocus.training.batches import batches_of
+from mm_autofocus.training.batches import batches_of, cores
+from mm_autofocus.training.spectra_theory import SpectraByTheory
 
 if TYPE_CHECKING:
     from mm_autofocus.models.nets.sparsefocus import SparseFocus
     from mm_autofocus.training.options import TrainOptions
     from mm_autofocus.training.samples import Source
 
-__all__ = ["gather", "learn", "spectra_first"]
+__all__ = ["gather", "gather_by_theory", "learn", "spectra_first"]
 
 _READ = 64  # patches whose spectra are computed at a time
 _BATCH = 256
-_LR = 1.5e-3
+_LR, _FURTHER_LR = 1.5e-3, 5e-4  # of the first lesson, and of one that mends
 _DECAY = 0.05
 _WARMUP = 0.15
 
@@ -49,14 +54,52 @@ def spectra_first(
     source : Source
         Of patches; the first ones it numbers are taken.
     options : TrainOptions
-        ``spectra_patches``, ``spectra_passes``, ``seed``, ``workers``.
+        ``spectra_patches``, ``spectra_passes``, ``theory``, ``near_share``, ``near_um``,
+        ``seed``, ``workers``.
     device : torch.device
     say : callable
         Takes lines of progress.
     """
     net.to(device)
-    seen, defocus = gather(net, source, options, device, say)
-    learn(net, seen, defocus, passes=options.spectra_passes, seed=options.seed, say=say)
+    images = gather(net, source, options, device, say) if options.spectra_patches else None
+    if images is not None:
+        net.learn_usual(net.spectra_of(images[0]))
+    rate = _LR
+    if options.theory.patches:
+        seen, defocus = gather_by_theory(net, options, device, say)
+        if images is None:
+            net.learn_usual(seen)
+        passes = options.theory.passes
+        learn(net, seen, defocus, passes=passes, seed=options.seed, say=say, lr=rate)
+        rate = _FURTHER_LR
+    if images is not None:
+        passes = options.spectra_passes
+        learn(net, *images, passes=passes, seed=options.seed, say=say, lr=rate)
+
+
+def gather_by_theory(
+    net: SparseFocus,
+    options: TrainOptions,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[Tensor, Tensor]:
+    """Spectra of patches by theory, ``(N, F)`` float16; their defocus ``(N,)`` in µm."""
+    theory = SpectraByTheory(
+        net.context,
+        net.spectra,
+        options.theory,
+        options.seed,
+        (options.near_share, options.near_um),
+    )
+    found, defocus = [], []
+    # nobody computes beside them
+    workers = cores() if options.workers is None else options.workers
+    for k, (seen, at) in enumerate(DataLoader(theory, batch_size=None, num_workers=workers)):
+        found.append(seen.half().to(device))
+        defocus.append(at.to(device))
+        if k % max(1, len(theory) // 10) == 0:
+            say(f"spectra by theory, {k * len(at)} of {len(theory) * len(at)}")
+    return torch.cat(found), torch.cat(defocus)
 
 
 def gather(
@@ -90,14 +133,16 @@ def learn(
     passes: int,
     seed: int,
     say: Callable[[str], None],
+    lr: float = _LR,
 ) -> None:
     """Teach the perceptron and the head of `net`, in place.
 
     Parameters
     ----------
     net : SparseFocus
+        It knows what spectra usually are.
     seen : Tensor
-        ``(N, S)`` of `SparseFocus.seen`.
+        ``(N, S)`` of `SparseFocus.seen`, or ``(N, F)``: the spectra of it alone.
     defocus_um : Tensor
         ``(N,)``.
     passes : int
@@ -106,15 +151,16 @@ def learn(
         Of the order, and of what is dropped.
     say : callable
         Takes lines of progress.
+    lr : float
+        Largest learning rate.
     """
-    net.learn_usual(seen)
     learned = [p for p in net.reading_parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learned, _LR, weight_decay=_DECAY)
+    optimiser = torch.optim.AdamW(learned, lr, weight_decay=_DECAY)
     n = len(seen)
     batch = min(_BATCH, n)
     steps = n // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, _LR, total_steps=passes * steps, pct_start=_WARMUP
+        optimiser, lr, total_steps=passes * steps, pct_start=_WARMUP
     )
     order = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)

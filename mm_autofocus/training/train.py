@@ -33,7 +33,7 @@ from mm_autofocus.training.samples import (
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from mm_autofocus.models.nets.base import NetContext
+    from mm_autofocus.models.nets.base import Net, NetContext
     from mm_autofocus.models.nets.sparsefocus import SparseFocus
     from mm_autofocus.training.fields import Field
     from mm_autofocus.training.loop import Job
@@ -154,7 +154,6 @@ def prepare(
     InputError
         Nothing was written then.
     """
-    from mm_autofocus.models.nets.physics import CrossSpectra
     from mm_autofocus.training.loop import Job
 
     NETS.check(options.model)
@@ -171,14 +170,7 @@ def prepare(
         for stack in (*learn, *check):
             draw_pair(stack, options.pairs, np.random.default_rng(0))
     net = build_net(options.model, context, options.net)  # its options are checked here
-    if options.spectra_patches and not getattr(net, "has_spectra", False):
-        raise InputError(
-            f"spectra_patches: {options.spectra_patches} is not allowed with the model "
-            f"{options.model!r} as it is, which reads no spectra; allowed: 0"
-        )
-    for module in net.modules():
-        if isinstance(module, CrossSpectra):
-            module.check(options.crop_px)
+    _check_spectra(net, context, options)
     identity = {
         "model": options.model,
         "net": net.options.model_dump(mode="json"),
@@ -227,6 +219,34 @@ def prepare(
             options.augment,
         )
     return job
+
+
+def _check_spectra(net: Net, context: NetContext, options: TrainOptions) -> None:
+    """Check that a net can learn from spectra as it is asked to.
+
+    Raises
+    ------
+    InputError
+        It reads none, patches are too small for them, or theory lacks the optics.
+    """
+    from mm_autofocus.models.nets.physics import CrossSpectra
+    from mm_autofocus.training.spectra_theory import check_optics
+
+    lessons = {
+        "spectra_patches": options.spectra_patches,
+        "theory.patches": options.theory.patches,
+    }
+    for key, value in lessons.items():
+        if value and not getattr(net, "has_spectra", False):
+            raise InputError(
+                f"{key}: {value} is not allowed with the model {options.model!r} as it is, "
+                "which reads no spectra; allowed: 0"
+            )
+    for module in net.modules():
+        if isinstance(module, CrossSpectra):
+            module.check(options.crop_px)
+    if options.theory.patches:
+        check_optics(context)
 
 
 def _look_context(learn: tuple[Stack, ...], options: TrainOptions) -> NetContext:
@@ -398,7 +418,8 @@ def _work(fabric: Fabric, pickled: bytes) -> dict[str, Any]:
     with warnings.catch_warnings():
         # Lightning advises more workers and its own seeding; both are decided here
         warnings.filterwarnings("ignore", module="lightning_fabric")
-        if job.options.spectra_patches and job.state is None:
+        first = job.options.spectra_patches or job.options.theory.patches
+        if first and job.state is None:
             reader = cast("SparseFocus", net)  # `prepare` refuses all others
             log = job.run / "log.jsonl" if fabric.is_global_zero else None
             say = TrainingDisplay(log, 1, 1).say  # where the epochs tell of themselves, too

@@ -32,12 +32,13 @@ from mm_autofocus.models.nets.base import NetContext, count_of, full_precision
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["CrossSpectra", "OtfMatch", "RadialSpectrum", "Rings", "defocus_otf"]
+__all__ = ["CrossSpectra", "OtfMatch", "RadialSpectrum", "Rings", "defocus_otf", "fisher_z"]
 
 _TILE = 32
 _LEAST_POWER = 1e-8  # noise of a good camera, at 1 for white: some 1e-5
 _COARSE_RINGS = 8  # where there still is something far from focus
 _EMPTY = 0.02  # weight of the emptiest tile, in parts of that of the fullest
+_COHERENT = 1 - 1e-5  # no two planes are more alike than that
 _FLOOR = 1e-3  # of the OTF: behind its zeros noise and aberrations leave something
 
 
@@ -192,7 +193,9 @@ class CrossSpectra(nn.Module):
     """What the planes of a patch say together, ring by ring, at three scales.
 
     Of each plane the logarithm of the power; of two planes of one look, or of one colour, the
-    coherence: the real part of their cross spectrum over the root of both powers, -1 … 1.
+    coherence: the real part of their cross spectrum over the root of both powers, -1 … 1. It
+    is given by Fisher's z (the inverse hyperbolic tangent), whose scatter is the same at 0 and
+    near 1, where looks are nearly alike and what little they differ by tells how far focus is.
     The zeros and ripples of the optical transfer function lie at frequencies that only
     defocus and aperture decide, whatever the specimen. Between colours and between looks the
     specimen drops out, and what is left knows the side of focus, too (axial colour, spherical
@@ -275,7 +278,12 @@ class CrossSpectra(nn.Module):
         cross = real[:, i] * real[:, j] + imaginary[:, i] * imaginary[:, j]
         both = (self.rings.each(cross) * weight).sum(2)
         root = (power[:, i] * power[:, j]).sqrt() + _LEAST_POWER
-        return torch.cat((logarithm, both / root), 1)
+        return torch.cat((logarithm, fisher_z(both / root)), 1)
+
+
+def fisher_z(coherence: Tensor) -> Tensor:
+    """Inverse hyperbolic tangent of what may be 1: ± 6.1 at most."""
+    return torch.atanh(_COHERENT * coherence.clamp(-1, 1))
 
 
 def _content(power: Tensor) -> Tensor:

@@ -320,18 +320,31 @@ class SparseFocus(DefocusNet):
         """What convolutions find in patches ``(N, C, P, P)``, and the spectra: ``(N, S)``."""
         return torch.cat((self.dpn.found(patches).float(), self._spectral.look(patches)), 1)
 
-    def learn_usual(self, seen: Tensor) -> None:
-        """Learn what spectra usually are from what was `seen`, ``(N, S)``."""
+    @property
+    def spectra(self) -> CrossSpectra:
+        """What computes its spectra."""
+        return self._spectral.spectra
+
+    def spectra_of(self, seen: Tensor) -> Tensor:
+        """The spectra ``(N, F)`` of what was `seen`, ``(N, S)``."""
+        return seen[:, self._found :]
+
+    def learn_usual(self, spectra: Tensor) -> None:
+        """Learn what spectra ``(N, F)`` usually are."""
         usual = self._spectral.usual
-        x = seen[:, self._found :].float()
+        x = spectra.float()
         usual.running_mean.copy_(x.mean(0))  # type: ignore[union-attr]
         usual.running_var.copy_(x.var(0))  # type: ignore[union-attr]
 
     def by_seen(self, seen: Tensor) -> Output:
-        """Predict from what was `seen`, ``(N, S)``."""
+        """Predict from what was `seen`, ``(N, S)``, or from spectra alone, ``(N, F)``."""
         own = self._spectral
-        read = own.read(own.usual.less(seen[:, self._found :]))
-        output: Output = self.head(torch.cat((seen[:, : self._found], read), 1))
+        if seen.shape[1] == own.usual.num_features:  # the convolutions found nothing
+            found, spectra = seen.new_zeros(len(seen), self._found), seen
+        else:
+            found, spectra = seen[:, : self._found], self.spectra_of(seen)
+        read = own.read(own.usual.less(spectra))
+        output: Output = self.head(torch.cat((found, read), 1))
         return output
 
     def reading_parameters(self) -> list[nn.Parameter]:

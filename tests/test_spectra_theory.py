@@ -1,0 +1,125 @@
+"""Spectra by theory teach what the spectra of images then ask for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mm_autofocus.errors import InputError  # noqa: E402
+from mm_autofocus.models.nets import build_net  # noqa: E402
+from mm_autofocus.models.nets.base import NetContext  # noqa: E402
+from mm_autofocus.models.nets.physics import CrossSpectra  # noqa: E402
+from mm_autofocus.optics import (  # noqa: E402
+    AbbeImager,
+    Aberrations,
+    Lens,
+    condenser,
+    transmission,
+)
+from mm_autofocus.training.options import TheoryOptions, read_options  # noqa: E402
+from mm_autofocus.training.spectra_first import spectra_first  # noqa: E402
+from mm_autofocus.training.spectra_theory import SpectraByTheory, check_optics  # noqa: E402
+
+torch.set_num_threads(1)
+
+NA, PIXEL, PATCH = 0.6, 0.4, 96
+LENS = {
+    "sigma": (0.45, 0.7),
+    "spherical_waves": (0.0, 0.06),
+    "astigmatism_waves": (0.0, 0.0),
+    "thickness_um": (0.5, 1.0),
+}
+
+
+def context(looks=(0.0, 4.0), channels=1, **known) -> NetContext:
+    optics = {"na": NA, "pixel_size_um": PIXEL, "wavelength_um": 0.55, **known}
+    return NetContext(
+        looks_um=looks, channels=channels, range_um=(-12, 12), patch_px=PATCH, **optics
+    )
+
+
+def images(rng: np.random.Generator, defocus_um: float, looks=(0.0, 4.0)) -> np.ndarray:
+    """What a camera sees of a weak specimen, ``(L, P, P)`` in 0 … 1, by the Abbe model."""
+    edge = 160
+    f = np.hypot(*np.meshgrid(*[np.fft.fftfreq(edge, PIXEL)] * 2))
+    colour = (f + 0.02) ** -rng.uniform(1.0, 1.8)
+    white = np.fft.fft2(rng.standard_normal((edge, edge)))
+    texture = np.fft.ifft2(white * colour).real
+    absorbance = 0.35 + 0.12 * (texture - texture.mean()) / texture.std()
+    layer = transmission(
+        np.clip(absorbance, 0, None), rng.uniform(0.03, 0.06) * absorbance, 0.55
+    )
+    lens = Lens(NA, aberrations=Aberrations(spherical_waves=rng.uniform(0.0, 0.06)))
+    imager = AbbeImager(
+        [layer],
+        [0.0],
+        pitch_um=PIXEL,
+        wavelength_um=0.55,
+        lens=lens,
+        source=condenser(rng.uniform(0.45, 0.7), 24),
+    )
+    seen = np.stack([imager.image(defocus_um + look)[:PATCH, :PATCH] for look in looks])
+    return 0.8 * seen + 0.008 * rng.standard_normal(seen.shape)
+
+
+def test_a_net_taught_by_theory_alone_finds_the_defocus_of_images() -> None:
+    theory = {"patches": 12_000, "passes": 10, "each": 8, **LENS}
+    options = read_options({"looks_um": [0, 4], "net": {"spectra": 96}, "theory": theory})
+    net = build_net("sparsefocus", context(), {**options.net, "widths": (8,), "depths": (1,)})
+    said: list[str] = []
+    spectra_first(net.eval(), None, options, torch.device("cpu"), said.append)
+    assert said[0] == "spectra by theory, 0 of 12032"
+    net.eval()
+    rng = np.random.default_rng(5)
+    label = np.linspace(-10, 10, 60)
+    patches = np.stack([images(rng, d) for d in label]).astype(np.float32)
+    with torch.inference_mode():
+        spectra = torch.from_numpy(patches)
+        spectra = torch.cat((net.spectra(spectra), spectra.mean((2, 3))), 1)
+        found = net.by_seen(spectra).defocus.numpy()
+    error = np.abs(found - label)
+    # the middle between the looks is 2 µm below; to guess it would be 5 µm off
+    assert np.median(error) < 1.2
+    assert np.mean(np.sign(found + 2) == np.sign(label + 2)) > 0.9
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("looks", [(0.0,), (-2.0, 0.0, 2.0)])
+def test_it_draws_what_the_net_computes_of_patches(looks, channels) -> None:
+    spectra = CrossSpectra(len(looks), channels, PATCH)
+    ranges = TheoryOptions(patches=500, each=2)
+    theory = SpectraByTheory(context(looks, channels), spectra, ranges, 3, (0.5, 1.0))
+    assert len(theory) == 8
+    seen, defocus = theory[2]
+    assert seen.shape == (64, spectra.features + len(looks) * channels)
+    assert defocus.shape == (64,)
+    assert seen.isfinite().all()
+    assert (defocus.abs() <= 12).all()
+    assert 0.3 < (defocus.abs() <= 1).float().mean() < 0.8
+    again, other = theory[2], theory[3]
+    torch.testing.assert_close(again[0], seen, rtol=0, atol=0)
+    assert not torch.equal(other[0], seen)
+    with pytest.raises(IndexError):
+        theory[8]
+
+
+@pytest.mark.parametrize("missing", ["na", "pixel_size_um"])
+def test_theory_without_optics_is_refused(missing) -> None:
+    with pytest.raises(InputError, match=f"theory.patches: needs {missing}"):
+        check_optics(context(**{missing: None}))
+
+
+@pytest.mark.parametrize(
+    ("theory", "sentence"),
+    [
+        ({"sigma": [0.9, 0.3]}, "theory.sigma"),
+        ({"sigma": [0.0, 0.5]}, "theory.sigma"),
+        ({"axial_colour_um": [1, -1]}, "theory.axial_colour_um"),
+        ({"lens": 3}, "theory"),
+    ],
+)
+def test_bad_ranges_are_refused(theory, sentence) -> None:
+    with pytest.raises(InputError, match=sentence):
+        read_options({"theory": theory})
