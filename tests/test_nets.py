@@ -263,7 +263,10 @@ def test_spectra_of_planes_and_between_them(looks, channels, pairs) -> None:
     assert spectra.features == 3 * rings * (planes + pairs)
     rng = np.random.default_rng(0)
     noise = torch.from_numpy(0.05 * rng.standard_normal((64, planes, px, px), np.float32))
-    found = spectra(noise).reshape(64, 3, planes + pairs, rings).exp().numpy()
+    found = spectra(noise).reshape(64, 3, planes + pairs, rings)
+    for plane in range(1, planes):  # each but the first stands as a difference
+        found[:, :, plane] += found[:, :, plane - (1 if plane < channels else channels)]
+    found = found.exp().numpy()
     # white noise: its variance at the finest scale, a 4th and a 16th where 4, 16 are averaged;
     # a little more, for tiles that happen to hold more count for more
     power = found[:, :, :planes].mean((0, 2, 3))

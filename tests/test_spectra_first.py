@@ -99,6 +99,17 @@ def test_any_seed_will_do(dataset: Dataset, tmp_path: Path) -> None:
     "options", [{"model": "resnet", "net": {"width": 8}}, {"net": {**NET, "spectra": 0}}]
 )
 def test_nets_that_read_none_refuse(dataset: Dataset, tmp_path: Path, options) -> None:
-    with pytest.raises(InputError, match="spectra_patches: 640 is not allowed with the model"):
-        prepare(dataset, tmp_path / "run", read_options({**FIRST, **options}))
+    for key, lesson in {
+        "spectra_patches": {"spectra_patches": 640},
+        "theory.patches": {"spectra_patches": 0, "theory": {"patches": 640}},
+    }.items():
+        with pytest.raises(InputError, match=f"{key}: 640 is not allowed with the model"):
+            prepare(dataset, tmp_path / "run", read_options({**FIRST, **lesson, **options}))
+        assert not (tmp_path / "run").exists()
+
+
+def test_theory_wants_to_know_the_optics(dataset: Dataset, tmp_path: Path) -> None:
+    theory = {**FIRST, "theory": {"patches": 640}}
+    with pytest.raises(InputError, match=r"theory.patches: needs na, which the stacks"):
+        prepare(dataset, tmp_path / "run", read_options(theory))
     assert not (tmp_path / "run").exists()

@@ -105,6 +105,20 @@ def test_it_draws_what_the_net_computes_of_patches(looks, channels) -> None:
         theory[8]
 
 
+def test_a_net_that_learned_before_keeps_what_it_finds_usual() -> None:
+    theory = {"patches": 512, "passes": 1, **LENS}
+    options = read_options({"looks_um": [0, 4], "net": {"spectra": 16}, "theory": theory})
+    net = build_net("sparsefocus", context(), {**options.net, "widths": (8,), "depths": (1,)})
+    assert not net.knows_usual
+    spectra_first(net, None, options, torch.device("cpu"), lambda _: None)
+    assert net.knows_usual
+    before = net.state_dict()["dpn.spectral.usual.running_mean"].clone()
+    other = options.model_copy(update={"seed": 1})
+    spectra_first(net, None, other, torch.device("cpu"), lambda _: None)
+    after = net.state_dict()["dpn.spectral.usual.running_mean"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("missing", ["na", "pixel_size_um"])
 def test_theory_without_optics_is_refused(missing) -> None:
     with pytest.raises(InputError, match=f"theory.patches: needs {missing}"):

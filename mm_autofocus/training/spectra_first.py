@@ -62,12 +62,13 @@ def spectra_first(
     """
     net.to(device)
     images = gather(net, source, options, device, say) if options.spectra_patches else None
-    if images is not None:
+    begun = net.knows_usual  # with weights that were learned on what was usual then
+    if images is not None and not begun:
         net.learn_usual(net.spectra_of(images[0]))
     rate = _LR
     if options.theory.patches:
         seen, defocus = gather_by_theory(net, options, device, say)
-        if images is None:
+        if images is None and not begun:
             net.learn_usual(seen)
         passes = options.theory.passes
         learn(net, seen, defocus, passes=passes, seed=options.seed, say=say, lr=rate)
@@ -83,7 +84,7 @@ def gather_by_theory(
     device: torch.device,
     say: Callable[[str], None],
 ) -> tuple[Tensor, Tensor]:
-    """Spectra of patches by theory, ``(N, F)`` float16; their defocus ``(N,)`` in µm."""
+    """Spectra of patches by theory, ``(N, F)`` float32; their defocus ``(N,)`` in µm."""
     theory = SpectraByTheory(
         net.context,
         net.spectra,
@@ -95,7 +96,7 @@ def gather_by_theory(
     # nobody computes beside them
     workers = cores() if options.workers is None else options.workers
     for k, (seen, at) in enumerate(DataLoader(theory, batch_size=None, num_workers=workers)):
-        found.append(seen.half().to(device))
+        found.append(seen.to(device))
         defocus.append(at.to(device))
         if k % max(1, len(theory) // 10) == 0:
             say(f"spectra by theory, {k * len(at)} of {len(theory) * len(at)}")
@@ -109,7 +110,7 @@ def gather(
     device: torch.device,
     say: Callable[[str], None],
 ) -> tuple[Tensor, Tensor]:
-    """What the net sees in patches, ``(N, S)`` float16; their defocus ``(N,)`` in µm."""
+    """What the net sees in patches, ``(N, S)`` float32; their defocus ``(N,)`` in µm."""
     steps = max(2, options.spectra_patches // _READ)
     found, defocus = [], []
     net.eval()
@@ -118,7 +119,7 @@ def gather(
         for k, batch in enumerate(
             batches_of(source, _READ, range(steps), workers=options.workers, cuda=cuda)
         ):
-            found.append(net.seen(batch["patches"].to(device)).half())
+            found.append(net.seen(batch["patches"].to(device)))
             defocus.append(batch["defocus_um"].to(device))
             if k % max(1, steps // 10) == 0:
                 say(f"spectra of {k * _READ} of {steps * _READ} patches")

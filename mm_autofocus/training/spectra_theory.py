@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mm_autofocus.errors import InputError
-from mm_autofocus.models.nets.physics import fisher_z
+from mm_autofocus.models.nets.physics import apart, fisher_z
 from mm_autofocus.optics import REFERENCE_UM, condenser
 
 if TYPE_CHECKING:
@@ -249,21 +249,10 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         at = len(self._frequency)
         focus = self._focus(lens, specimen, textures[:, :, at:])
         defocus = _tensor(self._heights(lenses, each))
-        z = (defocus + focus[:, None]).reshape(-1)
-
-        def repeated(values: Lens) -> Lens:
-            return {k: v.repeat_interleave(each, 0) for k, v in values.items()}
-
-        camera = self._camera(lenses)
-        covariance = self._covariance(
-            repeated(lens),
-            repeated({**specimen, "textures": textures[:, :, :at]}),
-            z,
-            self._looks,
-            self._frequency,
-            _ANGLES,
-        )
-        seen = self._patches(covariance, repeated({**specimen, **camera}))
+        given = {**specimen, "textures": textures[:, :, :at], **self._camera(lenses)}
+        z = defocus + focus[:, None]
+        covariance = self._covariance(lens, given, z, self._looks, self._frequency, _ANGLES)
+        seen = self._patches(covariance, _repeated(given, each))
         return seen, defocus.reshape(-1)
 
     # ------------------------------------------------------------------------- the lots
@@ -354,7 +343,10 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
     def _transfer(
         self, frequency: Tensor, defocus_um: Tensor, lens: Lens, wave_um: float, angles: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
-        """Real and imaginary part of A, each ``(B, angles, F)``, of either layer."""
+        """Real and imaginary part of A, each ``(B · K, angles, F)``, of either layer.
+
+        Of `defocus_um` ``(B, K)``, K heights under each of B lenses.
+        """
         cut = self._na / wave_um
         points = self._source[None] * lens["sigma"][:, None, None]  # (B, S, 2): y, x
         y0, x0 = points[:, :, 0, None, None], points[:, :, 1, None, None]
@@ -362,21 +354,25 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         y = y0 + frequency[None, :] * torch.sin(angles)[:, None] / cut
         path, error, inside = self._pupil(x, y, lens, wave_um)
         path0, error0, _ = self._pupil(x0, y0, lens, wave_um)
-        path, error = path - path0, error - error0
+        path, error, inside = (
+            (path - path0)[:, None],
+            (error - error0)[:, None],
+            inside[:, None],
+        )
         # each point of the source stands for a patch of it: see `optics`
         sine2 = self._na**2 * points.square().sum(-1).mean(-1)
         spread = lens["sigma"] * self._patch * self._na / (1 - sine2).clamp(min=0.05)
-        blur = (spread * defocus_um)[:, None] * frequency[None, :]
+        blur = (spread[:, None] * defocus_um)[..., None] * frequency
         box = (self._pixel * frequency).square() / 12
-        gain = torch.exp(-2 * math.pi**2 * (blur.square() + box[None, :]))[:, None, :]
+        gain = torch.exp(-2 * math.pi**2 * (blur.square() + box))[:, :, None, :]
         shift = lens["axial"] * (wave_um - REFERENCE_UM) / 0.2
         found = []
         for side in (-0.25, 0.25):
-            d = defocus_um - shift - lens["thickness"] * side / _MEDIUM
-            phase = path * d[:, None, None, None] + error
+            d = defocus_um - (shift + lens["thickness"] * side / _MEDIUM)[:, None]
+            phase = path * d[..., None, None, None] + error
             parts = (torch.cos(phase), torch.sin(phase))
-            real, imaginary = ((part * inside).mean(1) * gain for part in parts)
-            found.append((real, imaginary))
+            real, imaginary = ((part * inside).mean(2) * gain for part in parts)
+            found.append((real.flatten(0, 1), imaginary.flatten(0, 1)))
         return found
 
     def _pupil(
@@ -407,7 +403,8 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         frequency: Real,
         angles: int,
     ) -> Tensor:
-        """Of the planes of all looks, ``(B, F, planes, planes)``, look by look, in µm²."""
+        """Of the planes of all looks, ``(B · K, F, planes, planes)``, look by look, in µm²."""
+        specimen = _repeated(specimen, defocus_um.shape[1])
         f = _tensor(frequency)
         turn = (torch.arange(angles) + float(self._rng.random())) * math.pi / angles
         planes = []
@@ -419,15 +416,14 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
                 layers = self._transfer(f, defocus_um + look, lens, wave, turn)
                 passed = [absorbs * re[:, None] + delays * im[:, None] for re, im in layers]
                 planes.append(level * torch.stack(passed, 1))
-        one = torch.stack(planes, 1)  # (B, planes, layers, textures, angles, F)
+        one = torch.stack(planes, 1)  # (B · K, planes, layers, textures, angles, F)
         # what both layers have in common, and what they have not
         alike = specimen["alike"][:, None, :, None, None]
         common = (one[:, :, 0] + one[:, :, 1]) * ((1 + alike) / 4).sqrt()
-        apart = (one[:, :, 0] - one[:, :, 1]) * ((1 - alike) / 4).sqrt()
+        own = (one[:, :, 0] - one[:, :, 1]) * ((1 - alike) / 4).sqrt()
         power = specimen["textures"] * specimen["rms"].square()[:, :, None]
-        both = (
-            torch.cat([common, apart], 2) * torch.cat([power] * 2, 1).sqrt()[:, None, :, None]
-        )
+        root = torch.cat([power, power], 1).sqrt()
+        both = torch.cat([common, own], 2) * root[:, None, :, None]
         rows = both.permute(0, 4, 1, 2, 3).flatten(3)
         product: Tensor = rows @ rows.transpose(2, 3) / angles
         return product
@@ -441,13 +437,9 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         z = torch.arange(-7, 7.01, 0.5) * dof
         n, count = len(z), len(textures)
         given = {**specimen, "textures": textures}
+        everywhere = z.expand(count, n)
         covariance = self._covariance(
-            {k: v.repeat_interleave(n, 0) for k, v in lens.items()},
-            {k: v.repeat_interleave(n, 0) for k, v in given.items()},
-            z.repeat(count),
-            (0.0,),
-            self._edges,
-            _LABEL_ANGLES,
+            lens, given, everywhere, (0.0,), self._edges, _LABEL_ANGLES
         )
         rgb = torch.tensor([0.299, 0.587, 0.114] if len(self._waves_um) == 3 else [1.0])
         power = torch.einsum("c,bfck,k->bf", rgb, covariance, rgb)
@@ -508,7 +500,7 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
     def _features(self, rings: Tensor) -> Tensor:
         """Logarithms of powers, and coherences, as `CrossSpectra` has them."""
         power = torch.diagonal(rings, dim1=2, dim2=3)
-        logarithm = (power + 1e-8).log().transpose(1, 2)
+        logarithm = apart((power + 1e-8).log().transpose(1, 2), len(self._waves_um))
         i, j = self._spectra.first, self._spectra.second
         if not i:
             return logarithm.flatten(1)
@@ -543,6 +535,10 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
 
 def _tensor(values: Any) -> Tensor:
     return torch.as_tensor(np.asarray(values), dtype=torch.float32)
+
+
+def _repeated(values: Lens, times: int) -> Lens:
+    return {k: v.repeat_interleave(times, 0) for k, v in values.items()}
 
 
 def _mixing(gain: Tensor, crosstalk: Tensor, colours: int, looks: int) -> Tensor:

@@ -32,7 +32,15 @@ from mm_autofocus.models.nets.base import NetContext, count_of, full_precision
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["CrossSpectra", "OtfMatch", "RadialSpectrum", "Rings", "defocus_otf", "fisher_z"]
+__all__ = [
+    "CrossSpectra",
+    "OtfMatch",
+    "RadialSpectrum",
+    "Rings",
+    "apart",
+    "defocus_otf",
+    "fisher_z",
+]
 
 _TILE = 32
 _LEAST_POWER = 1e-8  # noise of a good camera, at 1 for white: some 1e-5
@@ -192,10 +200,14 @@ class RadialSpectrum(nn.Module):
 class CrossSpectra(nn.Module):
     """What the planes of a patch say together, ring by ring, at three scales.
 
-    Of each plane the logarithm of the power; of two planes of one look, or of one colour, the
-    coherence: the real part of their cross spectrum over the root of both powers, -1 … 1. It
-    is given by Fisher's z (the inverse hyperbolic tangent), whose scatter is the same at 0 and
-    near 1, where looks are nearly alike and what little they differ by tells how far focus is.
+    Of the first plane the logarithm of the power, of each other one by how much its own is
+    above that of the colour or of the look before it: of two looks a few per cent count, which
+    a net would not see in the difference of two inputs that vary by factors. Of two planes of
+    one look, or of one colour, the coherence: the real part of their cross spectrum over the
+    root of both powers, -1 … 1. It is given by Fisher's z (the inverse hyperbolic tangent),
+    whose scatter is the same at 0 and near 1, where looks are nearly alike and what little they
+    differ by tells how far focus is.
+
     The zeros and ripples of the optical transfer function lie at frequencies that only
     defocus and aperture decide, whatever the specimen. Between colours and between looks the
     specimen drops out, and what is left knows the side of focus, too (axial colour, spherical
@@ -223,7 +235,7 @@ class CrossSpectra(nn.Module):
 
     def __init__(self, looks: int, channels: int, patch_px: int) -> None:
         super().__init__()
-        self.patch_px = patch_px
+        self.patch_px, self.channels = patch_px, channels
         self.rings = Rings(patch_px // max(self.scales), unit=True)
         planes = looks * channels
         pairs = [
@@ -271,7 +283,7 @@ class CrossSpectra(nn.Module):
         each = self.rings.each(real.square() + imaginary.square())
         weight = _content(each)
         power = (each * weight).sum(2)
-        logarithm = (power + _LEAST_POWER).log()
+        logarithm = apart((power + _LEAST_POWER).log(), self.channels)
         if not self.first:
             return logarithm
         i, j = self.first, self.second
@@ -281,9 +293,20 @@ class CrossSpectra(nn.Module):
         return torch.cat((logarithm, fisher_z(both / root)), 1)
 
 
+def apart(logarithm: Tensor, channels: int) -> Tensor:
+    """Of planes ``(N, planes, rings)``: the first one, and what the others differ by."""
+    first, colours = logarithm[:, :1], logarithm[:, :channels]
+    between = colours[:, 1:] - colours[:, :-1]
+    return torch.cat((first, between, logarithm[:, channels:] - logarithm[:, :-channels]), 1)
+
+
 def fisher_z(coherence: Tensor) -> Tensor:
-    """Inverse hyperbolic tangent of what may be 1: ± 6.1 at most."""
-    return torch.atanh(_COHERENT * coherence.clamp(-1, 1))
+    """Inverse hyperbolic tangent of what may be 1: ± 6.1 at most.
+
+    By logarithms: the exporter has no word for it.
+    """
+    x = _COHERENT * coherence.clamp(-1, 1)
+    return 0.5 * ((1 + x).log() - (1 - x).log())
 
 
 def _content(power: Tensor) -> Tensor:

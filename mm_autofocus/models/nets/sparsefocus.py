@@ -329,6 +329,11 @@ class SparseFocus(DefocusNet):
         """The spectra ``(N, F)`` of what was `seen`, ``(N, S)``."""
         return seen[:, self._found :]
 
+    @property
+    def knows_usual(self) -> bool:
+        """Whether it has learned what spectra usually are."""
+        return bool((self._spectral.usual.running_var != 1).any())  # type: ignore[union-attr]
+
     def learn_usual(self, spectra: Tensor) -> None:
         """Learn what spectra ``(N, F)`` usually are."""
         usual = self._spectral.usual
