@@ -108,8 +108,23 @@ def test_nets_that_read_none_refuse(dataset: Dataset, tmp_path: Path, options) -
         assert not (tmp_path / "run").exists()
 
 
-def test_theory_wants_to_know_the_optics(dataset: Dataset, tmp_path: Path) -> None:
-    theory = {**FIRST, "theory": {"patches": 640}}
+def test_theory_comes_before_patches(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lessons = {"theory": {"patches": 512, "passes": 2}, "spectra_passes": 3}
+    quick = {"epochs": 1, "patches_per_stack": 8}
+    train(dataset.path, tmp_path / "run", {**FIRST, **lessons, **quick})
+    told = [line for line in capsys.readouterr().err.splitlines() if "spectra" in line]
+    passes = [line.split("  ")[0] for line in told if "pass " in line]
+    assert passes == [f"spectra, pass {k}/{n}" for n in (2, 3) for k in range(1, n + 1)]
+    assert any("spectra by theory, 0 of 512" in line for line in told)
+
+
+def test_theory_wants_to_know_the_optics(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path)
+    index = data.path / "stacks.jsonl"
+    index.write_text(index.read_text("utf-8").replace('"na": 0.3, ', ""), "utf-8")
+    theory = read_options({**FIRST, "theory": {"patches": 640}})
     with pytest.raises(InputError, match=r"theory.patches: needs na, which the stacks"):
-        prepare(dataset, tmp_path / "run", read_options(theory))
+        prepare(Dataset.open(data.path), tmp_path / "run", theory)
     assert not (tmp_path / "run").exists()
