@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mm_autofocus.models.nets import NETS, build_net  # noqa: E402
 from mm_autofocus.models.nets.base import NetContext  # noqa: E402
 from mm_autofocus.models.patches import cut, grid, mosaic, stack_looks  # noqa: E402
 from mm_autofocus.models.runtime import OnnxModel  # noqa: E402
-from mm_autofocus.training import Dataset  # noqa: E402
+from mm_autofocus.training import Dataset, error_fit  # noqa: E402
 from mm_autofocus.training.checkpoint import load_checkpoint, net_of  # noqa: E402
 from mm_autofocus.training.error_fit import Seen, fit_errors  # noqa: E402
 from mm_autofocus.training.export import export, write_onnx  # noqa: E402
@@ -241,3 +242,15 @@ def test_expected_errors_are_calibrated(scale: float, floor: float) -> None:
 
 def test_a_few_frames_are_not_calibrated_on() -> None:
     assert fit_errors(seen(3.0, 0.0, n=5)).sd_scale == 1.0
+
+
+@pytest.mark.parametrize(("large", "edges"), [(20, {512}), (3, {256, 512})])
+def test_a_model_is_calibrated_on_the_largest_frames(large, edges) -> None:
+    def field(edge: int) -> SimpleNamespace:
+        stack = SimpleNamespace(shape=(9, edge, edge + 40, 3))
+        return SimpleNamespace(stack=stack, defocus_um=np.linspace(-4.0, 4.0, 9))
+
+    fields = [field(256)] * 60 + [field(512)] * large
+    chosen = error_fit._frames(fields, 80)
+    assert {of.stack.shape[1] for of, _ in chosen} == edges
+    assert len(chosen) <= 80
