@@ -125,6 +125,11 @@ def test_theory_without_optics_is_refused(missing) -> None:
         check_optics(context(**{missing: None}))
 
 
+def test_theory_of_dry_lenses_refuses_others() -> None:
+    with pytest.raises(InputError, match=r"na 1\.4 is that of an immersion lens"):
+        check_optics(context(na=1.4))
+
+
 @pytest.mark.parametrize(
     ("theory", "sentence"),
     [

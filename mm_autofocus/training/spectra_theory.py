@@ -11,9 +11,9 @@ from it.
 **Light.** A weak object passes its absorbance ``a`` and its phase ``φ`` on linearly. With
 ``A(f) = mean over the source of P(s + f) P*(s)``, the pupil ``P`` with defocus, spherical
 aberration, astigmatism and axial colour, an image is
-``I₀ · (1 - F⁻¹{Re A · F a} - F⁻¹{2 Im A · F φ})``: B. K. P. Horn's and H. H. Hopkins' theory
-for a symmetric source (Streibl, *J. Opt. Soc. Am. A* 2 (1985) 121). The source is that of
-`optics.condenser`.
+``I₀ · (1 - F⁻¹{Re A · F a} - F⁻¹{2 Im A · F φ})``: Hopkins' theory for a weak object under a
+symmetric source (Streibl, *J. Opt. Soc. Am. A* 2 (1985) 121). The source is that of
+`optics.condenser`; the lens is a dry one.
 
 **Specimen.** Two layers of three isotropic textures: two stains, each with phase of its own,
 and one of phase only. Strength, colour, slope, bends and grain of each are drawn.
@@ -63,8 +63,8 @@ _ANGLES, _LABEL_ANGLES = 4, 3
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.30]])
 _LN10 = math.log(10)
 _HANN_OVERLAP = 2.5  # waves of a ring that vary as one, behind the window
-_ROUNDING = 1 / 12 / 255**2
-_DUST_UM = (1.0, 3.6)  # radii of shadows, at 0.325 µm/px: some pixels on the camera
+_ROUNDING = 1 / 12 / 255**2  # to 8 bits; of more, the other noise outweighs it
+_DUST_PX = (3.0, 11.0)  # radii of its shadows, out of focus
 _LEAST_COHERENT = 2e-6  # what keeps a covariance positive in single precision
 _NODES = np.geomspace(0.002, 2, 400)  # to norm textures, periods per µm
 
@@ -152,7 +152,7 @@ def check_optics(context: NetContext) -> None:
     Raises
     ------
     InputError
-        Aperture or pixel size of the data are not known.
+        Aperture or pixel size of the data are not known, or the lens is not a dry one.
     """
     for key in ("na", "pixel_size_um"):
         if getattr(context, key) is None:
@@ -160,6 +160,11 @@ def check_optics(context: NetContext) -> None:
                 f"theory.patches: needs {key}, which the stacks of the dataset do not name or "
                 "do not agree on; allowed without it: 0"
             )
+    if context.na is not None and context.na >= 1:
+        raise InputError(
+            f"theory.patches: na {context.na:g} is that of an immersion lens, and the theory "
+            "is of dry ones, below 1; allowed with it: 0"
+        )
 
 
 class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
@@ -181,7 +186,7 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
     Raises
     ------
     InputError
-        Aperture or pixel size of the data are not known.
+        As `check_optics`.
     """
 
     def __init__(
@@ -196,7 +201,7 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         assert context.na is not None
         assert context.pixel_size_um is not None
         self._looks, self._range, self._near = context.looks_um, context.range_um, near
-        self._na, self._pixel = min(context.na, 0.98), context.pixel_size_um
+        self._na, self._pixel = context.na, context.pixel_size_um
         mono = (context.wavelength_um or REFERENCE_UM,)
         self._waves_um = _RGB_UM if context.channels == 3 else mono
         self._ranges, self._spectra = ranges, spectra
@@ -313,16 +318,17 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         """Of the camera, and what else is drawn for a patch."""
         rng = self._rng
         frequency = self._frequency[None, :]
-        radius = rng.uniform(*_DUST_UM, (n, 1))
-        motes = _disc(frequency * radius) * np.exp(-1.28 * frequency**2)
+        radius = rng.uniform(*_DUST_PX, (n, 1)) * self._pixel
+        motes = _disc(frequency * radius) * np.exp(-12 * (frequency * self._pixel) ** 2)
         motes /= _variance(_disc(_NODES[None, :] * radius))
         dust = np.exp(rng.uniform(math.log(3e-4), math.log(0.012), (n, 1)))
         dust *= rng.random((n, 1)) < 0.75
+        full_well = rng.uniform(8000, 20000, n)
         return {
             "gain": _tensor(0.85 * rng.uniform(0.85, 1.1, n)),
             "crosstalk": _tensor(rng.uniform(0, 0.05, n)),
-            "per_light": _tensor(1 / rng.uniform(8000, 20000, n)),
-            "reading": _tensor((rng.uniform(2, 8, n) / rng.uniform(8000, 20000, n)) ** 2),
+            "per_light": _tensor(1 / full_well),
+            "reading": _tensor((rng.uniform(2, 8, n) / full_well) ** 2),
             "dust": _tensor(motes * dust**2),
             "shading": _tensor(rng.uniform(0, 0.1, n) * rng.choice([0.5, 1.0], n)),
             "independent": _tensor(np.exp(rng.uniform(math.log(0.3), 0, n))),
