@@ -33,8 +33,6 @@ RECIPE = Recipe(
     one_sparsity=True,
 )
 
-THEORY_OF_LENS = ("sigma", "spherical_waves", "astigmatism_waves", "axial_colour_um")
-
 TRAIN = {
     "split_by": "slide",
     "range_um": [-26, 26],
@@ -51,16 +49,17 @@ TRAIN = {
     "augment.saturation": [0.8, 1.25],
     "epochs": 1000,  # the minutes end it
 }
+LENS = ("sigma", "spherical_waves", "astigmatism_waves", "axial_colour_um")
+THEORY: dict[str, object] = {
+    "theory.patches": 400_000,
+    "theory.passes": 9,
+    **{f"theory.{key}": list(OPTICS[key]) for key in LENS},
+    "theory.thickness_um": list(SLIDE["thickness_um"]),
+}
 # The convolutions by themselves, on small patches first: twice as many fit into an hour. Then
 # the spectra beside them, of whole patches: first by theory, of 50,000 lenses, then as the
 # stacks have them; noise would drown the ripples that tell of lens and defocus far from focus.
 # (options, part of the minutes)
-THEORY: dict[str, object] = {
-    "theory.patches": 400_000,
-    "theory.passes": 9,
-    **{f"theory.{key}": list(OPTICS[key]) for key in THEORY_OF_LENS},
-    "theory.thickness_um": list(SLIDE["thickness_um"]),
-}
 STAGES: tuple[tuple[dict[str, object], float], ...] = (
     ({"train_px": 160, "lr": 0.002, "warmup": 0.1}, 0.45),
     ({"train_px": 192, "lr": 0.001, "warmup": 0.03}, 0.45),

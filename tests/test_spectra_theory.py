@@ -17,6 +17,7 @@ from mm_autofocus.optics import (  # noqa: E402
     Lens,
     condenser,
     transmission,
+    wavefront_um,
 )
 from mm_autofocus.training.options import TheoryOptions, read_options  # noqa: E402
 from mm_autofocus.training.spectra_first import spectra_first  # noqa: E402
@@ -76,9 +77,9 @@ def test_a_net_taught_by_theory_alone_finds_the_defocus_of_images() -> None:
     label = np.linspace(-10, 10, 60)
     patches = np.stack([images(rng, d) for d in label]).astype(np.float32)
     with torch.inference_mode():
-        spectra = torch.from_numpy(patches)
-        spectra = torch.cat((net.spectra(spectra), spectra.mean((2, 3))), 1)
-        found = net.by_seen(spectra).defocus.numpy()
+        looked = torch.from_numpy(patches)
+        spectra = CrossSpectra(2, 1, PATCH)(looked)
+        found = net.by_seen(torch.cat((spectra, looked.mean((2, 3))), 1)).defocus.numpy()
     error = np.abs(found - label)
     # the middle between the looks is 2 µm below; to guess it would be 5 µm off
     assert np.median(error) < 1.2
@@ -90,7 +91,7 @@ def test_a_net_taught_by_theory_alone_finds_the_defocus_of_images() -> None:
 def test_it_draws_what_the_net_computes_of_patches(looks, channels) -> None:
     spectra = CrossSpectra(len(looks), channels, PATCH)
     ranges = TheoryOptions(patches=500, each=2)
-    theory = SpectraByTheory(context(looks, channels), spectra, ranges, 3, (0.5, 1.0))
+    theory = SpectraByTheory(context(looks, channels), ranges, 3, (0.5, 1.0))
     assert len(theory) == 8
     seen, defocus = theory[2]
     assert seen.shape == (64, spectra.features + len(looks) * channels)
@@ -103,6 +104,30 @@ def test_it_draws_what_the_net_computes_of_patches(looks, channels) -> None:
     assert not torch.equal(other[0], seen)
     with pytest.raises(IndexError):
         theory[8]
+
+
+def test_a_range_beside_focus_has_nothing_near_it() -> None:
+    far = context().model_copy(update={"range_um": (5.0, 10.0)})
+    _, defocus = SpectraByTheory(far, TheoryOptions(patches=200), 0, (0.5, 2.0))[0]
+    assert ((defocus >= 5) & (defocus <= 10)).all()
+
+
+def test_its_pupil_is_that_of_the_optics() -> None:
+    theory = SpectraByTheory(context(), TheoryOptions(patches=1, each=1), 1)
+    theory[0]  # it draws from the dice of a draw
+    lens = theory._lens(1)
+    given = {key: float(value) for key, value in lens.items()}
+    errors = Aberrations(
+        spherical_waves=given["spherical"],
+        astigmatism_waves=given["astigmatism"],
+        astigmatism_deg=np.degrees(given["turned"]),
+    )
+    y, x = np.meshgrid(*[np.linspace(-0.65, 0.65, 9)] * 2, indexing="ij")
+    at = [torch.tensor(v, dtype=torch.float32)[None, None] for v in (x, y)]
+    _, phase, inside = theory._pupil(*at, lens, 0.46)
+    error = wavefront_um(Lens(NA, aberrations=errors), np.hypot(x, y), np.arctan2(y, x))
+    assert inside.all()
+    np.testing.assert_allclose(phase[0, 0], 2 * np.pi / 0.46 * error, atol=1e-5)
 
 
 def test_a_net_that_learned_before_keeps_what_it_finds_usual() -> None:
@@ -136,6 +161,8 @@ def test_theory_of_dry_lenses_refuses_others() -> None:
         ({"sigma": [0.9, 0.3]}, "theory.sigma"),
         ({"sigma": [0.0, 0.5]}, "theory.sigma"),
         ({"axial_colour_um": [1, -1]}, "theory.axial_colour_um"),
+        ({"axial_colour_um": [0, float("inf")]}, "theory.axial_colour_um"),
+        ({"thickness_um": [float("nan"), 3]}, "theory.thickness_um"),
         ({"lens": 3}, "theory"),
     ],
 )

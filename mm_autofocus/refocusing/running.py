@@ -168,7 +168,7 @@ def refocus(
         raise InputError(f"tile_px: {tile_px} is not allowed: must be {_LEAST_TILE_PX} or more")
     found = read_source(raw)
     if threads is None:
-        threads = 1 if scheduler is not None else _cores()
+        threads = 1 if scheduler is not None else cores()
     chosen = load_chosen(model, card=card, providers=providers, threads=threads)
     how = How(raw_if_unsure, tile_px, max_value)
     check_source(chosen, found, how)
@@ -210,7 +210,7 @@ def refocus(
     return result
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

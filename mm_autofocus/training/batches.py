@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mm_autofocus.refocusing.running import cores
+
 if TYPE_CHECKING:
     from mm_autofocus.training.options import TrainOptions
 
-__all__ = ["batches_of", "cores", "learning_rate"]
+__all__ = ["batches_of", "learning_rate"]
 
 
 def learning_rate(options: TrainOptions, part: float) -> float:
@@ -65,13 +66,6 @@ def batches_of(
         pin_memory=cuda,
         collate_fn=_collate,
     )
-
-
-def cores() -> int:
-    """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _default_workers(cuda: bool, world: int) -> int:

@@ -76,8 +76,8 @@ def _frames(fields: Sequence[Field], most: int) -> list[tuple[Field, int]]:
     Of frames of several sizes the largest, if they are of enough fields: those of a run hold
     many patches, too, and what many say together errs otherwise than what one says.
     """
-    edges = [min(of.stack.shape[1:3]) for of in fields]
-    large = [of for of, edge in zip(fields, edges, strict=True) if edge == max(edges)]
+    edge = max((min(of.stack.shape[1:3]) for of in fields), default=0)
+    large = [of for of in fields if min(of.stack.shape[1:3]) == edge]
     fields = large if len(large) >= _LEAST else fields
     per = max(1, most // max(len(fields), 1))
     chosen = []

@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     ValidationError,
     field_validator,
 )
@@ -40,7 +41,7 @@ def _rises(value: tuple[float, float]) -> tuple[float, float]:
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
-_Range = Annotated[tuple[float, float], AfterValidator(_rises)]
+_Range = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_rises)]
 
 
 class PairOptions(BaseModel):

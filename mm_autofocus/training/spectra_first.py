@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mm_autofocus.training.batches import batches_of, cores
+from mm_autofocus.refocusing.running import cores
+from mm_autofocus.training.batches import batches_of
 from mm_autofocus.training.spectra_theory import SpectraByTheory
 
 if TYPE_CHECKING:
@@ -61,21 +62,18 @@ def spectra_first(
         Takes lines of progress.
     """
     net.to(device)
-    images = gather(net, source, options, device, say) if options.spectra_patches else None
-    begun = net.knows_usual  # with weights that were learned on what was usual then
-    if images is not None and not begun:
-        net.learn_usual(net.spectra_of(images[0]))
-    rate = _LR
+    lessons = []
     if options.theory.patches:
-        seen, defocus = gather_by_theory(net, options, device, say)
-        if images is None and not begun:
-            net.learn_usual(seen)
-        passes = options.theory.passes
-        learn(net, seen, defocus, passes=passes, seed=options.seed, say=say, lr=rate)
-        rate = _FURTHER_LR
-    if images is not None:
-        passes = options.spectra_passes
-        learn(net, *images, passes=passes, seed=options.seed, say=say, lr=rate)
+        taught = gather_by_theory(net, options, device, say)
+        lessons.append((taught, options.theory.passes))
+    if options.spectra_patches:
+        taught = gather(net, source, options, device, say)
+        lessons.append((taught, options.spectra_passes))
+    if not net.knows_usual:  # else its weights were learned on what was usual then
+        (seen, _), _ = lessons[-1]  # of images, where there are any
+        net.learn_usual(seen)
+    for lr, ((seen, defocus), passes) in zip((_LR, _FURTHER_LR), lessons, strict=False):
+        learn(net, seen, defocus, passes=passes, seed=options.seed, say=say, lr=lr)
 
 
 def gather_by_theory(
@@ -85,13 +83,8 @@ def gather_by_theory(
     say: Callable[[str], None],
 ) -> tuple[Tensor, Tensor]:
     """Spectra of patches by theory, ``(N, F)`` float32; their defocus ``(N,)`` in µm."""
-    theory = SpectraByTheory(
-        net.context,
-        net.spectra,
-        options.theory,
-        options.seed,
-        (options.near_share, options.near_um),
-    )
+    near = (options.near_share, options.near_um)
+    theory = SpectraByTheory(net.context, options.theory, options.seed, near)
     found, defocus = [], []
     # nobody computes beside them
     workers = cores() if options.workers is None else options.workers

@@ -34,18 +34,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from scipy.special import j1
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mm_autofocus.errors import InputError
-from mm_autofocus.models.nets.physics import apart, fisher_z
+from mm_autofocus.models.nets.physics import CrossSpectra, window_of
 from mm_autofocus.optics import REFERENCE_UM, condenser
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mm_autofocus.models.nets.base import NetContext
-    from mm_autofocus.models.nets.physics import CrossSpectra
     from mm_autofocus.training.options import TheoryOptions
 
     Real: TypeAlias = npt.NDArray[np.float64]
@@ -96,17 +95,12 @@ def _tile(n: int) -> _Tile:
         [np.arange(0.25, 4, 0.25), np.arange(4, 10, 0.5), np.arange(10, rings + 6, 1.0)]
     )
     pixel = np.arange(n)
-    window = np.hanning(n + 2)[1:-1]
-    window = window / math.sqrt(np.square(window).mean() * n)
     step, reach = 0.25, rings + 7
     nu = (np.arange(-reach / step, reach / step) + 0.5) * step
-    waves = np.arange(-(n // 2 - 1), n // 2)
+    waves = np.arange(-rings, rings + 1)
     wave = np.exp(2j * np.pi * np.outer(nu, pixel) / n)
-    seen = np.exp(-2j * np.pi * np.outer(waves, pixel) / n) * window @ wave.T
-    still, mean = (
-        (np.exp(-2j * np.pi * np.outer(waves, pixel) / n) * window).sum(1),
-        wave.mean(1),
-    )
+    back = np.exp(-2j * np.pi * np.outer(waves, pixel) / n) * window_of(n, unit=True)
+    seen, still, mean = back @ wave.T, back.sum(1), wave.mean(1)
     radius = np.hypot(*np.meshgrid(nu, nu, indexing="ij")).ravel()
     low = np.clip(np.searchsorted(at, radius) - 1, 0, len(at) - 2)
     part = np.clip((radius - at[low]) / (at[low + 1] - at[low]), 0, 1)
@@ -126,24 +120,15 @@ def _tile(n: int) -> _Tile:
     return _Tile(at, leakage / count[:, None], count)
 
 
-@lru_cache(maxsize=4)
-def _shading(n: int, scales: tuple[int, ...]) -> Real:
-    """``(scales, rings)``: power of a parabola that falls by 1 to the corners of the frame."""
-    edge = n * max(scales)
-    x = np.linspace(-1, 1, edge)
-    bowl = -(x[:, None] ** 2 + x[None, :] ** 2) / 2
-    window = np.hanning(n + 2)[1:-1]
-    window = window / math.sqrt(np.square(window).mean() * n)
-    k = np.fft.fftfreq(n) * n
-    ring = np.rint(np.hypot(k[:, None], k[None, :])).astype(int)
+def _shading(spectra: CrossSpectra) -> Tensor:
+    """``(scales, rings)``: power of a parabola that falls by 1 to the corners of a patch."""
+    x = torch.linspace(-1, 1, spectra.rings.tile * max(spectra.scales))
+    bowl = -(x[:, None].square() + x.square())[None, None] / 2
     rows = []
-    for scale in scales:
-        small = bowl.reshape(edge // scale, scale, -1, scale).mean((1, 3))
-        tiles = small.reshape(-1, n, len(small) // n, n).swapaxes(1, 2)
-        off = tiles - tiles.mean((2, 3), keepdims=True)
-        power = np.square(np.abs(np.fft.fft2(off * np.outer(window, window)))).mean((0, 1))
-        rows.append([power[ring == r].mean() for r in range(1, (n + 1) // 2)])
-    return np.array(rows)
+    for scale in spectra.scales:
+        real, imaginary = spectra.rings.transform(nn.functional.avg_pool2d(bowl, scale))
+        rows.append(spectra.rings.means(real.square() + imaginary.square())[0, 0])
+    return torch.stack(rows)
 
 
 def check_optics(context: NetContext) -> None:
@@ -174,8 +159,6 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
     ----------
     context : NetContext
         Looks, channels, range, and the optics, which must be known.
-    spectra : CrossSpectra
-        Whose features are imitated.
     ranges : TheoryOptions
         What is drawn from.
     seed : int
@@ -192,7 +175,6 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self,
         context: NetContext,
-        spectra: CrossSpectra,
         ranges: TheoryOptions,
         seed: int,
         near: tuple[float, float] = (0.0, 0.0),
@@ -204,12 +186,13 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         self._na, self._pixel = context.na, context.pixel_size_um
         mono = (context.wavelength_um or REFERENCE_UM,)
         self._waves_um = _RGB_UM if context.channels == 3 else mono
-        self._ranges, self._spectra = ranges, spectra
-        self._seed = seed
+        self._ranges, self._seed = ranges, seed
+        # of its own: that of a net may lie on another device than the processes that draw
+        spectra = CrossSpectra(len(context.looks_um), context.channels, context.patch_px)
         n = spectra.rings.tile
-        self._tile, self._scales = _tile(n), spectra.scales
+        self._spectra, self._tile, self._scales = spectra, _tile(n), spectra.scales
         self._leakage = _tensor(self._tile.leakage)
-        self._shading = _tensor(_shading(n, self._scales))
+        self._shading = _shading(spectra)
         self._frequency = np.concatenate(
             [self._tile.at / (n * scale * self._pixel) for scale in self._scales]
         )
@@ -341,7 +324,8 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         low, high = self._range
         d = self._rng.uniform(low, high, (lenses, each))
         near = self._rng.random(d.shape) < part
-        d[near] = self._rng.uniform(max(low, -um), min(high, um), int(near.sum()))
+        if max(low, -um) < min(high, um):  # a range may lie off focus
+            d[near] = self._rng.uniform(max(low, -um), min(high, um), int(near.sum()))
         return d
 
     # -------------------------------------------------------------------------- the light
@@ -505,14 +489,10 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
 
     def _features(self, rings: Tensor) -> Tensor:
         """Logarithms of powers, and coherences, as `CrossSpectra` has them."""
-        power = torch.diagonal(rings, dim1=2, dim2=3)
-        logarithm = apart((power + 1e-8).log().transpose(1, 2), len(self._waves_um))
+        power = torch.diagonal(rings, dim1=2, dim2=3).transpose(1, 2)
         i, j = self._spectra.first, self._spectra.second
-        if not i:
-            return logarithm.flatten(1)
-        root = (power[:, :, i] * power[:, :, j]).sqrt() + 1e-8
-        alike = fisher_z(rings[:, :, i, j] / root).transpose(1, 2)
-        return torch.cat((logarithm, alike), 1).flatten(1)
+        cross = rings[:, :, i, j].transpose(1, 2) if i else None
+        return self._spectra.told_by(power, cross).flatten(1)
 
     def _scattered(self, mean: Tensor, free: Tensor) -> Tensor:
         """Real part of means over `free` complex normal waves of this covariance.

@@ -37,9 +37,8 @@ __all__ = [
     "OtfMatch",
     "RadialSpectrum",
     "Rings",
-    "apart",
     "defocus_otf",
-    "fisher_z",
+    "window_of",
 ]
 
 _TILE = 32
@@ -84,6 +83,12 @@ def defocus_otf(
     return out
 
 
+def window_of(n: int, *, unit: bool) -> npt.NDArray[np.float64]:
+    """Hann's window ``(n,)`` along one axis; `unit` as `Rings` takes it."""
+    window = np.hanning(n + 2)[1:-1]
+    return window / math.sqrt(np.square(window).mean() * n) if unit else window
+
+
 class Rings(nn.Module):
     """Fourier transform of tiles, and means over rings of equal frequency.
 
@@ -108,9 +113,7 @@ class Rings(nn.Module):
         n, half = tile, tile // 2 + 1
         at = np.arange(n)
         phase = 2 * math.pi * np.outer(np.arange(n), at) / n
-        window = np.hanning(n + 2)[1:-1]
-        if unit:
-            window = window / (math.sqrt(np.square(window).mean() * n))
+        window = window_of(n, unit=unit)
         fy, fx = np.meshgrid(np.minimum(at, n - at) / n, np.arange(half) / n)
         ring = np.rint(np.hypot(fx, fy) * n).astype(int)
         rings = np.arange(1, (n + 1) // 2)
@@ -283,24 +286,37 @@ class CrossSpectra(nn.Module):
         each = self.rings.each(real.square() + imaginary.square())
         weight = _content(each)
         power = (each * weight).sum(2)
-        logarithm = apart((power + _LEAST_POWER).log(), self.channels)
         if not self.first:
-            return logarithm
+            return self.told_by(power, None)
         i, j = self.first, self.second
         cross = real[:, i] * real[:, j] + imaginary[:, i] * imaginary[:, j]
-        both = (self.rings.each(cross) * weight).sum(2)
-        root = (power[:, i] * power[:, j]).sqrt() + _LEAST_POWER
-        return torch.cat((logarithm, fisher_z(both / root)), 1)
+        return self.told_by(power, (self.rings.each(cross) * weight).sum(2))
+
+    def told_by(self, power: Tensor, cross: Tensor | None) -> Tensor:
+        """Features of one scale, ``(N, planes + pairs, rings)``.
+
+        Parameters
+        ----------
+        power : Tensor
+            ``(N, planes, rings)``.
+        cross : Tensor | None
+            ``(N, pairs, rings)``: real part of the cross spectra; None of one plane.
+        """
+        logarithm = _apart((power + _LEAST_POWER).log(), self.channels)
+        if cross is None:
+            return logarithm
+        root = (power[:, self.first] * power[:, self.second]).sqrt() + _LEAST_POWER
+        return torch.cat((logarithm, _fisher_z(cross / root)), 1)
 
 
-def apart(logarithm: Tensor, channels: int) -> Tensor:
+def _apart(logarithm: Tensor, channels: int) -> Tensor:
     """Of planes ``(N, planes, rings)``: the first one, and what the others differ by."""
     first, colours = logarithm[:, :1], logarithm[:, :channels]
     between = colours[:, 1:] - colours[:, :-1]
     return torch.cat((first, between, logarithm[:, channels:] - logarithm[:, :-channels]), 1)
 
 
-def fisher_z(coherence: Tensor) -> Tensor:
+def _fisher_z(coherence: Tensor) -> Tensor:
     """Inverse hyperbolic tangent of what may be 1: ± 6.1 at most.
 
     By logarithms: the exporter has no word for it.

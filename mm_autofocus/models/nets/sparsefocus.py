@@ -321,36 +321,30 @@ class SparseFocus(DefocusNet):
         return torch.cat((self.dpn.found(patches).float(), self._spectral.look(patches)), 1)
 
     @property
-    def spectra(self) -> CrossSpectra:
-        """What computes its spectra."""
-        return self._spectral.spectra
-
-    def spectra_of(self, seen: Tensor) -> Tensor:
-        """The spectra ``(N, F)`` of what was `seen`, ``(N, S)``."""
-        return seen[:, self._found :]
-
-    @property
     def knows_usual(self) -> bool:
         """Whether it has learned what spectra usually are."""
         return bool((self._spectral.usual.running_var != 1).any())  # type: ignore[union-attr]
 
-    def learn_usual(self, spectra: Tensor) -> None:
-        """Learn what spectra ``(N, F)`` usually are."""
+    def learn_usual(self, seen: Tensor) -> None:
+        """Learn what spectra usually are from what was `seen`, as `by_seen` takes it."""
         usual = self._spectral.usual
-        x = spectra.float()
+        x = self._parts(seen)[1].float()
         usual.running_mean.copy_(x.mean(0))  # type: ignore[union-attr]
         usual.running_var.copy_(x.var(0))  # type: ignore[union-attr]
 
     def by_seen(self, seen: Tensor) -> Output:
         """Predict from what was `seen`, ``(N, S)``, or from spectra alone, ``(N, F)``."""
         own = self._spectral
-        if seen.shape[1] == own.usual.num_features:  # the convolutions found nothing
-            found, spectra = seen.new_zeros(len(seen), self._found), seen
-        else:
-            found, spectra = seen[:, : self._found], self.spectra_of(seen)
+        found, spectra = self._parts(seen)
         read = own.read(own.usual.less(spectra))
         output: Output = self.head(torch.cat((found, read), 1))
         return output
+
+    def _parts(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """What the convolutions found, nothing of spectra alone; and the spectra."""
+        if seen.shape[1] == self._spectral.usual.num_features:
+            return seen.new_zeros(len(seen), self._found), seen
+        return seen[:, : self._found], seen[:, self._found :]
 
     def reading_parameters(self) -> list[nn.Parameter]:
         """What `by_seen` depends on."""
