@@ -1,153 +1,211 @@
-"""What the spectra of one look, or of two, can tell of the defocus, whatever net reads them.
+"""What the spectra of a frame can tell of the defocus at the best, whatever net reads them.
 
-The Cramér-Rao bound of a Gaussian texture (Whittle, *J. R. Stat. Soc. B* 15 (1953) 125) under
-a thin-object model of the microscope: phase and absorption of one stain, a second stain of
-another colour, the condenser's disc in full, exact defocus, spherical aberration, axial
-colour. The texture's strength and slope, both stains' colours, the phase and every property
-of the lens are unknown within the ranges that slides and lenses are drawn from. It bounds what
-is read from means over rings of the spectra; what edges and shapes tell comes on top.
+The Cramér-Rao bound for the very spectra that the nets are shown (means over rings of the power
+and of the cross spectra, whose scatter is that of Wishart's distribution), under the theory
+that they are taught by (`mm_autofocus.training.spectra_theory`). Lens and condenser are alike
+for all patches of a frame, each patch has a specimen of its own: two stains and a texture of
+phase, whose strengths, spectra, colours and phases are not known, either, beyond what they are
+drawn from. Each frequency counts once, at the coarsest scale that holds it. What edges and
+shapes tell comes on top.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mm_autofocus.optics import Aberrations, Lens, wavefront_um
+import torch
+from mm_autofocus.models.nets.base import NetContext
+from mm_autofocus.optics import REFERENCE_UM
 from mm_autofocus.sim.draws import OPTICS, SLIDE
-from mm_autofocus.sim.spectra import RGB_UM
+from mm_autofocus.training.options import TheoryOptions
+from mm_autofocus.training.spectra_theory import SpectraByTheory, _texture
+from torch import Tensor
 
 from _virtual_stacks import PIXEL_UM
 
 NA = 0.75
-AT_UM = (-20.0, -10.0, -5.0, -2.0, 2.0, 5.0, 10.0, 20.0)
-LOOKS_UM = {"one look": (0.0,), "looks at 0 and +4": (0.0, 4.0)}
-CONTRAST = 0.2  # rms of a dense field, of the blank level
-NOISE = 0.009  # of a pixel: 14,000 electrons at 85 %
-SECOND = np.array([0.25, 1.0, 0.5])  # a stain of another colour, of a third of the power
+AT_UM = (-22.0, -17.0, -12.0, -7.0, -3.0, 3.0, 7.0, 12.0, 17.0, 22.0)
+LOOKS_UM = {
+    "one look": (0.0,),
+    "looks at 0 and +4": (0.0, 4.0),
+    "looks at -8 and +8": (-8.0, 8.0),
+}
+# (what, share of a patch that is filled, patches of a frame)
+FIELDS = (
+    ("dense, 512²", 1.0, 4),
+    ("sparse, 512²", 0.2, 4),
+    ("extremely sparse, 512²", 0.05, 2),
+    ("dense, 2016²", 1.0, 81),
+)
+CONTRAST = 0.2  # rms of the amount of stain where there is specimen
+LENSES = 12
+BANDS = 10  # into which the unknown spectrum of a texture is divided
 
-# Fine along the wave of the texture, where coarse points would make ripples of their own.
-_DISC = np.stack(np.meshgrid(np.linspace(-1, 1, 97), np.linspace(-1, 1, 13)), -1).reshape(-1, 2)
-_DISC = _DISC[np.hypot(*_DISC.T) <= 1]
+_LENS = ("sigma", "spherical", "astigmatism", "axial", "thickness")
+_RANGES = {
+    "sigma": OPTICS["sigma"],
+    "spherical_waves": OPTICS["spherical_waves"],
+    "astigmatism_waves": OPTICS["astigmatism_waves"],
+    "axial_colour_um": OPTICS["axial_colour_um"],
+    "thickness_um": SLIDE["thickness_um"],
+}
 
-_LENS = (1, 2, 3)  # where condenser, spherical aberration and axial colour stand
 
+@dataclass(frozen=True)
+class Unknown:
+    """What is not known beforehand.
 
-def _known(ranges: dict[str, tuple[float, float]], key: str) -> tuple[float, float]:
-    """Middle and standard deviation of a uniform range."""
-    low, high = ranges[key]
-    return (low + high) / 2, (high - low) / math.sqrt(12)
+    Attributes
+    ----------
+    of, index : str, tuple
+        Which of the quantities of the theory; ``()``: all of it, of each lens its own.
+    step : float
+        By which it is changed; a factor's logarithm if `factor`.
+    sd : float
+        Of what is known of it beforehand.
+    bump : numpy.ndarray | None
+        Of a spectrum: the frequencies that are changed.
+    """
+
+    of: str
+    index: tuple[Any, ...]
+    step: float
+    sd: float
+    factor: bool = False
+    bump: Any = None
 
 
 def run(args: argparse.Namespace) -> str:
     """Make the text of the section."""
     del args
     lines = [
-        "Least standard deviation of the defocus, µm, by the Cramér-Rao bound for a Gaussian "
-        "texture whose strength and slope are not known, under a lens drawn from the ranges of "
-        "`mm_autofocus/sim/draws.py`; a thin-object model of the microscope, not its "
-        "simulator. In brackets: if the lens and its condenser were known. It bounds what "
-        "spectra over rings tell, of a dense field.",
+        "Least standard deviation of the defocus of a frame, µm, by the Cramér-Rao bound for "
+        "the spectra that the nets are shown, under the theory that they are taught by; lens "
+        "and slide drawn from the ranges of `mm_autofocus/sim/draws.py`, median of "
+        f"{LENSES} lenses and specimens. In brackets: if the aperture of the condenser were "
+        "known. Of several patches in a frame each has a specimen of its own.",
         "",
-        f"| looks | frame | {' | '.join(f'{d:+g}' for d in AT_UM)} | mean absolute error |",
+        f"| looks | field | {' | '.join(f'{d:+g}' for d in AT_UM)} | mean absolute error |",
         "|---" * (len(AT_UM) + 3) + "|",
     ]
     for name, looks in LOOKS_UM.items():
-        for side in (224, 512, 2016):
-            rows = [_bound(d, looks, side * PIXEL_UM) for d in AT_UM]
-            cells = [f"{free:.2f} ({known:.2f})" for free, known in rows]
+        for field, filled, patches in FIELDS:
+            bounds = [_bound(looks, d, filled, patches) for d in AT_UM]
+            cells = [f"{free:.2f} ({known:.2f})" for free, known in bounds]
             # of a normal error; the distances stand for the whole range
-            weights = np.gradient(np.array(AT_UM))
-            mean = math.sqrt(2 / math.pi) * np.average([r[0] for r in rows], weights=weights)
-            lines.append(f"| {name} | {side}² | {' | '.join(cells)} | {mean:.2f} |")
+            mean = math.sqrt(2 / math.pi) * np.mean([free for free, _ in bounds])
+            lines.append(f"| {name} | {field} | {' | '.join(cells)} | {mean:.2f} |")
             print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
-def _bound(defocus_um: float, looks: tuple[float, ...], edge_um: float) -> tuple[float, float]:
-    """Least standard deviation of the defocus: lens unknown, and lens known."""
-    sigma, spherical = _known(OPTICS, "sigma"), _known(OPTICS, "spherical_waves")
-    axial, thick = _known(OPTICS, "axial_colour_um"), _known(SLIDE, "thickness_um")
-    table = [  # value, step, standard deviation before
-        (defocus_um, 0.02, math.inf),
-        (sigma[0], 0.002, sigma[1]),
-        (spherical[0], 0.001, spherical[1]),
-        (axial[0], 0.01, axial[1]),
-        (0.5, 0.01, 0.15),  # phase over absorption
-        (thick[0], 0.05, thick[1]),
-        (0.0, 0.01, 1.0),  # logarithm of the texture's power, its slope, its bend
-        (0.0, 0.01, 0.5),
-        (0.0, 0.01, 0.3),
-        (0.6, 0.01, 0.15),  # colour of the stain: red and blue beside green
-        (0.8, 0.01, 0.15),
-        (0.0, 0.01, 0.3),  # logarithm of the noise
-    ]
-    values = np.array([v for v, _, _ in table])
-    nu = np.geomspace(1 / min(edge_um, 150.0), 1.5, 80)
-    inverse = np.linalg.inv(_covariance(nu, values, looks))
-    slopes = []
-    for k, (_, step, _) in enumerate(table):
-        up, down = values.copy(), values.copy()
-        up[k] += step
-        down[k] -= step
-        change = _covariance(nu, up, looks) - _covariance(nu, down, looks)
-        slopes.append(inverse @ (change / (2 * step)))
-    modes = math.pi * nu * np.gradient(nu) * edge_um**2  # half of the plane: images are real
-    information = np.array(
-        [[(modes * np.einsum("fij,fji->f", a, b).real).sum() for b in slopes] for a in slopes]
-    )
-    information += np.diag([1 / sd**2 for _, _, sd in table])
-    free = [k for k in range(len(table)) if k not in _LENS]
-    known = np.linalg.inv(information[np.ix_(free, free)])
-    return math.sqrt(np.linalg.inv(information)[0, 0]), math.sqrt(known[0, 0])
+def _bound(
+    looks: tuple[float, ...], defocus_um: float, filled: float, patches: int
+) -> tuple[float, float]:
+    """Least standard deviation of the defocus: condenser unknown, and known."""
+    theory = _Theory(looks, filled)
+    unknown = list(theory.unknown())
+    (scales, free), slopes = theory.rings(defocus_um), []
+    for one in unknown:
+        up, down = (theory.rings(defocus_um, one, side)[0] for side in (1, -1))
+        slopes.append([(a - b) / (2 * one.step) for a, b in zip(up, down, strict=True)])
+    information: Tensor = torch.zeros(())
+    for k, expected in enumerate(scales):
+        use = theory.counts(k)
+        inverse = torch.linalg.inv(expected[:, use])
+        each = torch.stack([inverse @ slope[k][:, use] for slope in slopes], 1)
+        information = information + torch.einsum(
+            "bpraq,bsrqa,br->bps", each, each, free[k][:, use]
+        )
+    before = torch.diag(torch.tensor([1 / one.sd**2 for one in unknown]).double())
+    # what all patches have in common, and what each has for itself
+    common = [k for k, one in enumerate(unknown) if one.of in ("defocus", *_LENS)]
+    own = [k for k in range(len(unknown)) if k not in common]
+
+    def part(rows: list[int], columns: list[int]) -> Tensor:
+        return information[:, rows][:, :, columns]
+
+    left = torch.linalg.inv(part(own, own) + before[own][:, own])
+    told = part(common, common) - part(common, own) @ left @ part(own, common)
+    total = patches * told + before[common][:, common]
+    known = [k for k, at in enumerate(common) if unknown[at].of != "sigma"]
+    found = (total, total[:, known][:, :, known])
+    return tuple(float(torch.linalg.inv(i)[:, 0, 0].sqrt().median()) for i in found)
 
 
-def _covariance(nu: Any, values: Any, looks: tuple[float, ...]) -> Any:
-    """Of all planes, ``(F, looks · 3, looks · 3)``, of one mode at each frequency."""
-    power, slope, bend = values[6:9]
-    log = np.log(nu / 0.1)
-    shape = (nu + 0.01) ** -2.6
-    texture = CONTRAST**2 / np.trapezoid(2 * math.pi * nu * shape, nu) * shape
-    texture = texture * np.exp(power - slope * log + bend * log**2)
-    lens = Lens(
-        NA, aberrations=Aberrations(spherical_waves=values[2], axial_colour_um=values[3])
-    )
-    transfer = [
-        _transfer(nu, values[0] + look, values[1], lens, *values[4:6]) for look in looks
-    ]
-    first = np.array([values[9], 1.0, values[10]])
-    total: Any = math.exp(values[11]) * (NOISE * PIXEL_UM) ** 2 * np.eye(3 * len(looks))
-    for stain, part in ((first, 1.0), (SECOND, 0.3)):
-        t = np.concatenate([stain[:, None] * one for one in transfer])
-        total = total + part * texture[:, None, None] * np.einsum("cf,kf->fck", t, t.conj())
-    return total
+class _Theory(SpectraByTheory):
+    """The theory, with one thing changed at a time."""
 
+    def __init__(self, looks: tuple[float, ...], filled: float) -> None:
+        context = NetContext(
+            looks_um=looks, channels=3, na=NA, wavelength_um=REFERENCE_UM,
+            pixel_size_um=PIXEL_UM,
+        )  # fmt: skip
+        super().__init__(context, TheoryOptions(patches=1, each=1, **_RANGES), 5)
+        self._dice(5)
+        lens, specimen = self._lens(LENSES), self._specimen(LENSES)
+        specimen["rms"] *= CONTRAST / specimen["rms"].square().sum(1, keepdim=True).sqrt()
+        specimen["filled"] = torch.full((LENSES,), filled)
+        self.everywhere = np.concatenate([self._frequency, self._edges])
+        drawn = [_texture(self._rng, LENSES, self.everywhere) for _ in range(3)]
+        self.given = {**lens, **specimen, "spectra": torch.tensor(np.stack(drawn, 1)).float()}
+        self.given["alike"].clamp_(0.05, 0.95)  # a step aside is one, too
+        self.camera = self._camera(LENSES)
 
-def _transfer(
-    nu: Any, defocus_um: float, sigma: float, lens: Lens, phase: float, thickness_um: float
-) -> Any:
-    """Of weak absorption with `phase` times as much phase, ``(3, F)``: red, green, blue."""
-    rows = []
-    x, y = sigma * _DISC.T
-    for wavelength in RGB_UM:
-        shift = nu[:, None] * wavelength / NA
-        total: Any = 0.0
-        for part in (-0.35, 0.35):  # two layers
-            d = defocus_um + part * thickness_um - lens.aberrations.focus_shift_um(wavelength)
-            middle = _pupil(x, y, d, wavelength, lens)
-            above = (_pupil(x + shift, y, d, wavelength, lens) * middle.conj()).mean(1)
-            below = (_pupil(x - shift, y, d, wavelength, lens).conj() * middle).mean(1)
-            total = total + 0.25 * (above + below + 1j * phase * (above - below))
-        # a pixel takes the mean over itself
-        rows.append(total * np.exp(-((math.pi * PIXEL_UM * nu) ** 2) / 6))
-    return np.array(rows)
+    def _dice(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._torch = torch.Generator().manual_seed(seed)
 
+    def unknown(self) -> Iterator[Unknown]:
+        """The defocus first."""
+        yield Unknown("defocus", (), 0.05, 1e3)
+        for key, (low, high) in zip(_LENS, _RANGES.values(), strict=True):
+            yield Unknown(key, (), 0.03 * (high - low), (high - low) / math.sqrt(12))
+        for stain in range(2):
+            yield Unknown("path", (stain,), 0.05, 0.45, factor=True)
+            for colour in range(3):
+                yield Unknown("absorbance", (stain, colour), 0.03, 0.1, factor=True)
+        at = np.log(self.everywhere)
+        middles, apart = np.linspace(math.log(0.006), math.log(1.2), BANDS, retstep=True)
+        for texture in range(3):
+            yield Unknown("alike", (texture,), 0.05, 1 / math.sqrt(12))
+            yield Unknown("rms", (texture,), 0.05, 1.0, factor=True)
+            for middle in middles:
+                bump = np.exp(-0.5 * ((at - middle) / (0.7 * apart)) ** 2)
+                yield Unknown("spectra", (texture,), 0.05, 0.5, factor=True, bump=bump)
 
-def _pupil(x: Any, y: Any, defocus_um: float, wavelength: float, lens: Lens) -> Any:
-    r2 = x**2 + y**2
-    rho = np.sqrt(np.minimum(r2, 1.0))
-    path = defocus_um * (np.sqrt(1 - (NA * rho) ** 2) - 1)
-    error = wavefront_um(lens, rho, np.zeros_like(rho))
-    return np.where(r2 <= 1, np.exp(2j * math.pi / wavelength * (path + error)), 0)
+    def counts(self, scale: int) -> Tensor:
+        """Which rings of a scale count: none twice, and none that a coarser one holds."""
+        nyquist = 0.49 / (self._pixel * np.array([*self._scales, math.inf]))
+        f = self._spectra.rings.frequency / (self._pixel * self._scales[scale])
+        return torch.tensor((f > 0.8 * nyquist[scale + 1]) & (f <= 0.8 * nyquist[scale]))
+
+    def rings(
+        self, defocus_um: float, change: Unknown | None = None, side: int = 0
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Expected covariance of each scale, and its independent waves."""
+        given = {k: v.clone() for k, v in self.given.items()}
+        if change is not None and change.of != "defocus":
+            value, step = given[change.of], side * change.step
+            at = value[(slice(None), *change.index)]  # a view: changed in place
+            if change.factor:
+                at *= torch.as_tensor(
+                    np.exp(step * (1 if change.bump is None else change.bump))
+                )
+            else:
+                at += step
+        lens = {**{k: given[k] for k in _LENS}, "turned": given["turned"]}
+        spectra, count = given.pop("spectra"), len(self._frequency)
+        self._dice(3)
+        focus = self._focus(lens, given, spectra[:, :, count:])
+        moved = side * change.step if change is not None and change.of == "defocus" else 0.0
+        z = (focus + defocus_um + moved)[:, None]
+        given = {**given, "textures": spectra[:, :, :count], **self.camera}
+        covariance = self._covariance(lens, given, z, self._looks, self._frequency, 4)
+        found, _ = self._rings(covariance, given)
+        return [mean.double() for mean, _ in found], [free.double() for _, free in found]

@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> str:
         every=every,
         range_um=(-HALF_UM, HALF_UM),
     )
-    return _section(found, args, time.perf_counter() - start)
+    offsets = judges[TWO].looks_um if args.two_look else ()
+    return _section(found, args, offsets, time.perf_counter() - start)
 
 
 def _told(some: Iterator[VirtualStack], total: int, start: float) -> Iterator[VirtualStack]:
@@ -89,7 +90,9 @@ def _told(some: Iterator[VirtualStack], total: int, start: float) -> Iterator[Vi
         yield stack
 
 
-def _section(found: Evaluation, args: argparse.Namespace, seconds: float) -> str:
+def _section(
+    found: Evaluation, args: argparse.Namespace, offsets: Sequence[float], seconds: float
+) -> str:
     people = {ONE: found.model, **found.baselines}
     kinds = sorted({r.field.partition("/")[0] for r in found.model.rows})
     lines = [
@@ -100,7 +103,8 @@ def _section(found: Evaluation, args: argparse.Namespace, seconds: float) -> str
         f"{args.frame}² pixels, 20×/0.75, with the camera's noise; {args.planes} planes over ± "
         f"{HALF_UM:g} µm of the focus by Brenner's measure on noiseless images. Depth of field "
         f"{DOF_UM} µm. In brackets: 95 % of the MAE by drawing fields (bootstrap). A frame "
-        "without a prediction is not in the MAE and counts as wrong in the rest.",
+        "without a prediction is not in the MAE and counts as wrong in the rest."
+        + (f" `{TWO}`: at {', '.join(f'{o:+g}' for o in offsets)} µm." if offsets else ""),
         "",
         f"`python benchmarks/learned.py --part virtual-slide --model {Path(args.model).name}"
         + (f" --two-look {Path(args.two_look).name}" if args.two_look else "")

@@ -118,6 +118,29 @@ def test_an_exported_model_is_a_net_again(label: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(other, one, atol=2e-4, rtol=2e-4)
 
 
+def test_what_reads_spectra_begins_anew_where_the_looks_lie_elsewhere() -> None:
+    nets = []
+    for looks in ((0.0, 4.0), (0.0, 4.0), (-8.0, 8.0)):
+        context = NetContext(looks_um=looks, range_um=(-5, 5), patch_px=64)
+        torch.manual_seed(len(nets))
+        nets.append(build_net("sparsefocus", context, FOCUS["sparsefocus, spectra"]))
+    before, alike, elsewhere = nets
+    state = {
+        "model": "sparsefocus",
+        "context": before.context.model_dump(mode="json"),
+        "weights": before.state_dict(),
+    }
+    own = elsewhere.state_dict()["dpn.spectral.first.weight"].clone()
+    begin_with(alike, state)
+    begin_with(elsewhere, state)
+    for key in ("dpn.spectral.first.weight", "rin.layers.0.weight"):
+        given = before.state_dict()[key]
+        torch.testing.assert_close(alike.state_dict()[key], given, rtol=0, atol=0)
+        same = torch.equal(elsewhere.state_dict()[key], given)
+        assert same == (".spectral." not in key)
+    torch.testing.assert_close(elsewhere.state_dict()["dpn.spectral.first.weight"], own)
+
+
 @pytest.mark.parametrize("label", ["sparsefocus", "tsva, told"])
 def test_settled_it_answers_the_same_and_learns_from_there(label: str, tmp_path: Path) -> None:
     net, card, write = made(label)

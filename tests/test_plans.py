@@ -33,7 +33,7 @@ EXPECTED = {
 # plan: the model it names, the model's looks, looks of each search
 LEARNED = {
     "one_shot.yaml": ("sparsefocus-slide20x", (0.0,), 1),
-    "two_look.yaml": ("sparsefocus-slide20x-two-look", (0.0, 4.0), 2),
+    "two_look.yaml": ("sparsefocus-slide20x-two-look", (-8.0, 8.0), 2),
     "shadow.yaml": ("sparsefocus-slide20x", (0.0,), None),
 }
 

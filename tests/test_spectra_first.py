@@ -15,8 +15,9 @@ from mm_autofocus.models.nets.base import NetContext  # noqa: E402
 from mm_autofocus.training import Dataset  # noqa: E402
 from mm_autofocus.training.fields import read_looks  # noqa: E402
 from mm_autofocus.training.loop import Job  # noqa: E402
-from mm_autofocus.training.options import read_options  # noqa: E402
-from mm_autofocus.training.spectra_first import spectra_first  # noqa: E402
+from mm_autofocus.training.options import TheoryOptions, read_options  # noqa: E402
+from mm_autofocus.training.spectra_first import learn, spectra_first  # noqa: E402
+from mm_autofocus.training.spectra_theory import SpectraByTheory  # noqa: E402
 from mm_autofocus.training.train import prepare, train  # noqa: E402
 from mm_autofocus.training.validate import predict_patches  # noqa: E402
 
@@ -128,3 +129,27 @@ def test_theory_wants_to_know_the_optics(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"theory.patches: needs na, which the stacks"):
         prepare(Dataset.open(data.path), tmp_path / "run", theory)
     assert not (tmp_path / "run").exists()
+
+
+def test_beside_images_theory_is_not_forgotten() -> None:
+    context = NetContext(
+        looks_um=(0, 4), range_um=(-8, 8), patch_px=64, na=0.5, pixel_size_um=0.5
+    )
+    ranges = TheoryOptions(patches=6000, each=4)
+    draws = SpectraByTheory(context, ranges, 0)
+    taught = tuple(torch.cat(parts) for parts in zip(*draws, strict=True))
+    apart = SpectraByTheory(context, ranges.model_copy(update={"patches": 600}), 1)
+    seen, label = (torch.cat(parts) for parts in zip(*apart, strict=True))
+    errors = {}
+    for beside in (None, taught):
+        torch.manual_seed(0)
+        net = build_net("sparsefocus", context, {**NET, "spectra": 32})
+        net.learn_usual(taught[0])
+        learn(net, taught, passes=6, seed=0, say=lambda _: None)
+        near = taught[1].abs() < 1  # as if no stack went any farther
+        few = (taught[0][near][:512], taught[1][near][:512])
+        learn(net, few, passes=20, seed=0, say=lambda _: None, beside=beside)
+        with torch.inference_mode():
+            found = net.eval().by_seen(seen).defocus
+        errors[beside is None] = float((found - label).abs()[label.abs() > 4].median())
+    assert errors[False] < errors[True] / 2

@@ -66,6 +66,9 @@ def weights_to_begin_with(init: str) -> dict[str, Any]:
 def begin_with(net: Net, state: dict[str, Any]) -> None:
     """Take over what fits of other weights; a head for another range begins anew.
 
+    So does what reads spectra, where the looks lie elsewhere: what differs between them is
+    another thing then.
+
     Raises
     ------
     InputError
@@ -79,6 +82,8 @@ def begin_with(net: Net, state: dict[str, Any]) -> None:
             "does not fit; its kind, widths and looks must be the same"
         )
     fixed = {k for k in own if k.endswith("centres")}  # of this net's own range
+    if tuple(state["context"]["looks_um"]) != net.context.looks_um:
+        fixed |= {k for k in own if ".spectral." in k}
     net.load_state_dict({k: v for k, v in fits.items() if k not in fixed}, strict=False)
 
 

@@ -7,16 +7,17 @@ and lenses, it learns first, beside what the convolutions find as they are (of a
 begins with other weights, much); the loop then trains everything together.
 
 Before them come, if asked for, spectra by theory (`spectra_theory`), of many more lenses than
-anyone has stacks of. What differs between theory and images, those of images then mend.
+anyone has stacks of. What differs between theory and images, those of images then mend; theory
+stays beside them, so that what it taught of lenses that no stack has is not forgotten.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mm_autofocus.refocusing.running import cores
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from mm_autofocus.training.options import TrainOptions
     from mm_autofocus.training.samples import Source
 
+    Taught: TypeAlias = tuple[Tensor, Tensor]
+
 __all__ = ["gather", "gather_by_theory", "learn", "spectra_first"]
 
 _READ = 64  # patches whose spectra are computed at a time
@@ -35,6 +38,7 @@ _BATCH = 256
 _LR, _FURTHER_LR = 1.5e-3, 5e-4  # of the first lesson, and of one that mends
 _DECAY = 0.05
 _WARMUP = 0.15
+_BESIDE = 3  # images to one patch by theory, where both are learned together
 
 
 def spectra_first(
@@ -62,18 +66,23 @@ def spectra_first(
         Takes lines of progress.
     """
     net.to(device)
-    lessons = []
-    if options.theory.patches:
-        taught = gather_by_theory(net, options, device, say)
-        lessons.append((taught, options.theory.passes))
+    theory = images = None
     if options.spectra_patches:
-        taught = gather(net, source, options, device, say)
-        lessons.append((taught, options.spectra_passes))
+        images = gather(net, source, options, device, say)
+    if options.theory.patches:
+        theory = gather_by_theory(net, options, device, say)
+    first = images or theory
+    if first is None:
+        return
     if not net.knows_usual:  # else its weights were learned on what was usual then
-        (seen, _), _ = lessons[-1]  # of images, where there are any
-        net.learn_usual(seen)
-    for lr, ((seen, defocus), passes) in zip((_LR, _FURTHER_LR), lessons, strict=False):
-        learn(net, seen, defocus, passes=passes, seed=options.seed, say=say, lr=lr)
+        net.learn_usual(first[0])
+    lr, seed = _LR, options.seed
+    if theory is not None:
+        learn(net, theory, passes=options.theory.passes, seed=seed, say=say, lr=lr)
+        lr = _FURTHER_LR
+    if images is not None:
+        passes = options.spectra_passes
+        learn(net, images, passes=passes, seed=seed, say=say, lr=lr, beside=theory)
 
 
 def gather_by_theory(
@@ -81,7 +90,7 @@ def gather_by_theory(
     options: TrainOptions,
     device: torch.device,
     say: Callable[[str], None],
-) -> tuple[Tensor, Tensor]:
+) -> Taught:
     """Spectra of patches by theory, ``(N, F)`` float32; their defocus ``(N,)`` in µm."""
     near = (options.near_share, options.near_um)
     theory = SpectraByTheory(net.context, options.theory, options.seed, near)
@@ -102,7 +111,7 @@ def gather(
     options: TrainOptions,
     device: torch.device,
     say: Callable[[str], None],
-) -> tuple[Tensor, Tensor]:
+) -> Taught:
     """What the net sees in patches, ``(N, S)`` float32; their defocus ``(N,)`` in µm."""
     steps = max(2, options.spectra_patches // _READ)
     found, defocus = [], []
@@ -121,13 +130,13 @@ def gather(
 
 def learn(
     net: SparseFocus,
-    seen: Tensor,
-    defocus_um: Tensor,
+    taught: Taught,
     *,
     passes: int,
     seed: int,
     say: Callable[[str], None],
     lr: float = _LR,
+    beside: Taught | None = None,
 ) -> None:
     """Teach the perceptron and the head of `net`, in place.
 
@@ -135,10 +144,9 @@ def learn(
     ----------
     net : SparseFocus
         It knows what spectra usually are.
-    seen : Tensor
-        ``(N, S)`` of `SparseFocus.seen`, or ``(N, F)``: the spectra of it alone.
-    defocus_um : Tensor
-        ``(N,)``.
+    taught : tuple of Tensor
+        ``(N, S)`` of `SparseFocus.seen`, or ``(N, F)``: the spectra of it alone; and the
+        defocus ``(N,)`` in µm.
     passes : int
         Over all of them.
     seed : int
@@ -147,7 +155,10 @@ def learn(
         Takes lines of progress.
     lr : float
         Largest learning rate.
+    beside : tuple of Tensor | None
+        Spectra ``(M, F)`` and their defocus, of which each batch holds a third as many.
     """
+    seen, defocus_um = taught
     learned = [p for p in net.reading_parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learned, lr, weight_decay=_DECAY)
     n = len(seen)
@@ -164,8 +175,16 @@ def learn(
         shuffled = torch.randperm(n, generator=order).to(seen.device)
         for k in range(steps):
             which = shuffled[k * batch : (k + 1) * batch]
-            output = net.by_seen(seen[which].float())
-            loss = cast("Tensor", sum(net.losses(output, defocus_um[which]).values()))
+            x, d = seen[which].float(), defocus_um[which]
+            if beside is not None:
+                other = torch.randint(len(beside[0]), (batch // _BESIDE,), generator=order)
+                other = other.to(seen.device)
+                spectra = beside[0][other].float()
+                # the convolutions found nothing there
+                spectra = nn.functional.pad(spectra, (x.shape[1] - spectra.shape[1], 0))
+                x, d = torch.cat((x, spectra)), torch.cat((d, beside[1][other]))
+            losses = net.losses(net.by_seen(x), d)
+            loss = cast("Tensor", sum(losses.values()))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(learned, 5.0)

@@ -452,6 +452,18 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
 
     def _patches(self, covariance: Tensor, given: Lens) -> Tensor:
         """Spectra ``(B, F)`` of patches of such a covariance, and the means of their planes."""
+        rings, level = self._rings(covariance, given)
+        told = [self._features(self._scattered(mean, free)) for mean, free in rings]
+        return torch.cat([*told, level], 1)
+
+    def _rings(
+        self, covariance: Tensor, given: Lens
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """What is expected of each scale, and how many independent waves there are of it.
+
+        The first ``(B, rings, planes, planes)`` and ``(B, rings)`` at each scale; then the
+        level of the planes, ``(B, planes)``.
+        """
         colours, looks, count = len(self._waves_um), len(self._looks), len(self._tile.at)
         mixed = _mixing(given["gain"], given["crosstalk"], colours, looks)
         covariance = mixed[:, None] @ covariance @ mixed.transpose(1, 2)[:, None]
@@ -484,8 +496,8 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
             else:
                 occupied = (2 * given["filled"]).clamp(1 / 16, 1)
                 free = waves[None, :] * (tiles * occupied * given["independent"])[:, None]
-            parts.append(self._features(self._scattered(rings, free.clamp(min=1.5))))
-        return torch.cat([*parts, level], 1)
+            parts.append((rings, free.clamp(min=1.5)))
+        return parts, level
 
     def _features(self, rings: Tensor) -> Tensor:
         """Logarithms of powers, and coherences, as `CrossSpectra` has them."""
