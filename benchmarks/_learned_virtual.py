@@ -19,9 +19,8 @@ from mm_autofocus.training.evaluation_table import number, share
 from mm_autofocus.training.judges import Judge, ModelJudge
 from mm_autofocus.training.merit import Row
 
-from _virtual_stacks import CLASSES, VirtualStack, stacks
+from _virtual_stacks import CLASSES, DOF_UM, VirtualStack, stacks
 
-DOF_UM = 0.98
 HALF_UM = 25.0
 ONE, TWO = "one look", "two looks"
 MARKS: dict[str, list[tuple[str, str, float]]] = {

@@ -30,6 +30,7 @@ PICTURES = ("tiatoolbox_target_image.png", "tcgafocus_32381_sharp.png")
 SPACING = 20
 QUALITY = "standard"
 PIXEL_UM = 0.325
+DOF_UM = 0.98
 
 Made = TypeVar("Made")
 
