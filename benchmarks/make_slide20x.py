@@ -59,12 +59,12 @@ LENS = ("sigma", "spherical_waves", "astigmatism_waves", "axial_colour_um")
 # from focus.
 SPECTRA: dict[str, object] = {
     "net.spectra": 256,
-    "theory.patches": 600_000,
-    "theory.passes": 7,
+    "theory.patches": 614_400,
+    "theory.passes": 3,
     **{f"theory.{key}": list(OPTICS[key]) for key in LENS},
     "theory.thickness_um": list(SLIDE["thickness_um"]),
     "spectra_patches": 45_000,
-    "spectra_passes": 10,
+    "spectra_passes": 6,
     "augment.noise": 0.003,
     "lr": 0.0003,
     "warmup": 0.05,
@@ -78,7 +78,8 @@ ONE_LOOK: Stages = (
     (SPECTRA, 0.1),
 )
 # Between two looks spectra say it all.
-TWO_LOOKS: Stages = (({"net.widths": [16, 32], "net.depths": [1, 1], **SPECTRA}, 0.2),)
+_SMALL = {"net.spectra": 384, "net.widths": [16, 32], "net.depths": [1, 1]}
+TWO_LOOKS: Stages = (({**SPECTRA, **_SMALL}, 0.2),)
 
 MODELS = {
     "sparsefocus-slide20x": ("0", ONE_LOOK),

@@ -100,7 +100,7 @@ class TheoryOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     patches: Annotated[int, Field(ge=0)] = 0
-    passes: _Count = 12
+    passes: _Count = 4
     each: _Count = 8
     sigma: _Range = (0.3, 0.9)
     spherical_waves: _Range = (-0.1, 0.1)

@@ -350,6 +350,10 @@ class SparseFocus(DefocusNet):
         """What `by_seen` depends on."""
         return [*self._spectral.parameters(), *self.head.parameters()]
 
+    def reading_matrices(self) -> list[nn.Parameter]:
+        """Of these the matrices of the perceptron; the head's is none."""
+        return [p for p in self._spectral.parameters() if p.ndim == 2]
+
     @property
     def _found(self) -> int:
         """How many features are the convolutions'."""
