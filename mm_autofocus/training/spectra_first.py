@@ -161,8 +161,8 @@ def learn(
     beside : tuple of Tensor | None
         Spectra ``(M, F)`` and their defocus, of which each batch holds a third as many.
     muon : bool
-        Teach the matrices of the perceptron by `Muon`: in half of the passes, but from a few
-        hundred patches too much.
+        Teach the matrices of the perceptron by `Muon`. It comes as far in half of the passes;
+        of a few hundred patches it would learn what is peculiar to them.
     """
     seen, defocus_um = taught
     learned = [p for p in net.reading_parameters() if p.requires_grad]
