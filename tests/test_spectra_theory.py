@@ -66,7 +66,7 @@ def images(rng: np.random.Generator, defocus_um: float, looks=(0.0, 4.0)) -> np.
 
 
 def test_a_net_taught_by_theory_alone_finds_the_defocus_of_images() -> None:
-    theory = {"patches": 12_000, "passes": 10, "each": 8, **LENS}
+    theory = {"patches": 12_000, "passes": 5, "each": 8, **LENS}
     options = read_options({"looks_um": [0, 4], "net": {"spectra": 96}, "theory": theory})
     net = build_net("sparsefocus", context(), {**options.net, "widths": (8,), "depths": (1,)})
     said: list[str] = []
