@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 
 from mm_autofocus.refocusing.running import cores
 from mm_autofocus.training.batches import batches_of
-from mm_autofocus.training.muon import Muon
 from mm_autofocus.training.spectra_theory import SpectraByTheory
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ __all__ = ["gather", "gather_by_theory", "learn", "spectra_first"]
 _READ = 64  # patches whose spectra are computed at a time
 _BATCH, _MANY = 256, 512  # of patches of images, and of theory, of which there are more
 _LR, _FURTHER_LR = 1.5e-3, 7e-4  # of the first lesson, and of one that mends
-_MUON_LR = 0.02
+_MUON_LR, _MUON_DECAY = 0.02, 0.01
 _DECAY = 0.05
 _WARMUP = 0.15
 _BESIDE = 3  # images to one patch by theory, where both are learned together
@@ -161,8 +160,10 @@ def learn(
     beside : tuple of Tensor | None
         Spectra ``(M, F)`` and their defocus, of which each batch holds a third as many.
     muon : bool
-        Teach the matrices of the perceptron by `Muon`. It comes as far in half of the passes;
-        of a few hundred patches it would learn what is peculiar to them.
+        Teach the matrices of the perceptron by `torch.optim.Muon` (Jordan et al., 2024): all
+        directions of a step are of one length, so that what tells lens from defocus, a few
+        per cent of inputs that vary together, is not learned last. It comes as far in half of
+        the passes; of a few hundred patches it would learn what is peculiar to them.
     """
     seen, defocus_um = taught
     learned = [p for p in net.reading_parameters() if p.requires_grad]
@@ -172,7 +173,8 @@ def learn(
         (torch.optim.AdamW(others, lr, weight_decay=_DECAY), lr)
     ]
     if matrices:
-        optimisers.append((Muon(matrices, _MUON_LR), _MUON_LR))
+        muons = torch.optim.Muon(matrices, _MUON_LR, weight_decay=_MUON_DECAY)
+        optimisers.append((muons, _MUON_LR))
     n = len(seen)
     batch = min(_MANY if muon else _BATCH, n)
     steps = n // batch
