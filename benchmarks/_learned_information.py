@@ -15,17 +15,18 @@ import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from mm_autofocus.models.nets.base import NetContext
 from mm_autofocus.optics import REFERENCE_UM
-from mm_autofocus.sim.draws import OPTICS, SLIDE
 from mm_autofocus.training.options import TheoryOptions
 from mm_autofocus.training.spectra_theory import SpectraByTheory, _texture
 from torch import Tensor
 
+from _training_stacks import THEORY
 from _virtual_stacks import DOF_UM, PIXEL_UM
 
 NA = 0.75
@@ -46,14 +47,8 @@ CONTRAST = 0.2  # rms of the amount of stain where there is specimen
 LENSES = 12
 BANDS = 10  # into which the unknown spectrum of a texture is divided
 
+# as the theory calls what it draws from the ranges of `THEORY`, in their order
 _LENS = ("sigma", "spherical", "astigmatism", "axial", "thickness")
-_RANGES = {
-    "sigma": OPTICS["sigma"],
-    "spherical_waves": OPTICS["spherical_waves"],
-    "astigmatism_waves": OPTICS["astigmatism_waves"],
-    "axial_colour_um": OPTICS["axial_colour_um"],
-    "thickness_um": SLIDE["thickness_um"],
-}
 
 
 @dataclass(frozen=True)
@@ -108,10 +103,11 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _bound(
-    looks: tuple[float, ...], defocus_um: float, filled: float, patches: int
-) -> tuple[float, float]:
-    """Least standard deviation of the defocus: condenser unknown, and known."""
+@cache  # frames of several sizes ask for the same
+def _information(
+    looks: tuple[float, ...], defocus_um: float, filled: float
+) -> tuple[list[Unknown], Tensor]:
+    """What is unknown, and what one patch tells of it: ``(lenses, unknown, unknown)``."""
     theory = _Theory(looks, filled)
     unknown = list(theory.unknown())
     (scales, free), slopes = theory.rings(defocus_um), []
@@ -126,6 +122,14 @@ def _bound(
         information = information + torch.einsum(
             "bpraq,bsrqa,br->bps", each, each, free[k][:, use]
         )
+    return unknown, information
+
+
+def _bound(
+    looks: tuple[float, ...], defocus_um: float, filled: float, patches: int
+) -> tuple[float, float]:
+    """Least standard deviation of the defocus: condenser unknown, and known."""
+    unknown, information = _information(looks, defocus_um, filled)
     before = torch.diag(torch.tensor([1 / one.sd**2 for one in unknown]).double())
     # what all patches have in common, and what each has for itself
     common = [k for k, one in enumerate(unknown) if one.of in ("defocus", *_LENS)]
@@ -150,7 +154,7 @@ class _Theory(SpectraByTheory):
             looks_um=looks, channels=3, na=NA, wavelength_um=REFERENCE_UM,
             pixel_size_um=PIXEL_UM,
         )  # fmt: skip
-        super().__init__(context, TheoryOptions(patches=1, each=1, **_RANGES), 5)
+        super().__init__(context, TheoryOptions(patches=1, each=1, **THEORY), 5)
         self._dice(5)
         lens, specimen = self._lens(LENSES), self._specimen(LENSES)
         specimen["rms"] *= CONTRAST / specimen["rms"].square().sum(1, keepdim=True).sqrt()
@@ -168,7 +172,7 @@ class _Theory(SpectraByTheory):
     def unknown(self) -> Iterator[Unknown]:
         """The defocus first."""
         yield Unknown("defocus", (), 0.05, 1e3)
-        for key, (low, high) in zip(_LENS, _RANGES.values(), strict=True):
+        for key, (low, high) in zip(_LENS, THEORY.values(), strict=True):
             yield Unknown(key, (), 0.03 * (high - low), (high - low) / math.sqrt(12))
         for stain in range(2):
             yield Unknown("path", (stain,), 0.05, 0.45, factor=True)

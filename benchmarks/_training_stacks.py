@@ -21,6 +21,7 @@ import skimage
 import useq
 from mm_autofocus.config import close_core, open_core
 from mm_autofocus.errors import InputError
+from mm_autofocus.sim import draws
 from mm_autofocus.sim.draws import TRAINING_SEEDS, draw
 from mm_autofocus.sim.microscope import Microscope
 from mm_autofocus.sim.truth import microscope_of
@@ -29,6 +30,12 @@ from mm_autofocus.training.dataset import read_meta
 
 PIXEL_UM = 0.325
 OPTICS = {"na": 0.75, "magnification": 20}
+_LENS = ("sigma", "spherical_waves", "astigmatism_waves", "axial_colour_um")
+# what theory draws from (`training.options.TheoryOptions`): that of which stacks are drawn
+THEORY = {
+    **{key: draws.OPTICS[key] for key in _LENS},
+    "thickness_um": draws.SLIDE["thickness_um"],
+}
 
 # Real pictures that come with scikit-image: one of tissue, and some that are none, as
 # textures that the generators of the slide do not make.

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from mm_autofocus.sim.draws import OPTICS, SLIDE
-
 from _training_stacks import (
+    THEORY,
     Recipe,
     arguments,
     collect_all,
@@ -24,9 +23,9 @@ from _training_stacks import (
 )
 
 RECIPE = Recipe(
-    # Every plane has a partner 16 µm above, for two looks 8 µm below and above; near focus they
-    # are dense enough for the label. Many lenses rather than many planes of each: what errs far
-    # from focus is what is thought of the lens.
+    # The outer planes have partners 16 µm above, for two looks 8 µm below and above; near focus
+    # they are dense enough for the label. Many lenses rather than many planes of each: what
+    # errs far from focus is what is thought of the lens.
     planes_um=tuple(
         sorted({*range(-34, 35, 4), *(-9, -7, 7, 9), *(-4, -3, -1, 0, 1, 3, 4, 5)})
     ),
@@ -53,7 +52,6 @@ TRAIN = {
     "augment.saturation": [0.8, 1.25],
     "epochs": 1000,  # the minutes end it
 }
-LENS = ("sigma", "spherical_waves", "astigmatism_waves", "axial_colour_um")
 # Spectra beside what convolutions find, of whole patches: first by theory, of 75,000 lenses,
 # then as the stacks have them; noise would drown the ripples that tell of lens and defocus far
 # from focus.
@@ -61,8 +59,7 @@ SPECTRA: dict[str, object] = {
     "net.spectra": 256,
     "theory.patches": 614_400,
     "theory.passes": 3,
-    **{f"theory.{key}": list(OPTICS[key]) for key in LENS},
-    "theory.thickness_um": list(SLIDE["thickness_um"]),
+    **{f"theory.{key}": list(ends) for key, ends in THEORY.items()},
     "spectra_patches": 45_000,
     "spectra_passes": 6,
     "augment.noise": 0.003,

@@ -141,6 +141,21 @@ def test_what_reads_spectra_begins_anew_where_the_looks_lie_elsewhere() -> None:
     torch.testing.assert_close(elsewhere.state_dict()["dpn.spectral.first.weight"], own)
 
 
+def test_what_the_looks_alone_decide_stays_the_nets_own() -> None:
+    nets = []
+    for second in (4.0, 8.0):
+        context = NetContext(looks_um=(0.0, second), range_um=(-5, 5), patch_px=128)
+        nets.append(build_net("pg-dcn", context, FOCUS["pg-dcn"]))
+    before, after = nets
+    own = {k: v.clone() for k, v in after.named_buffers() if k.endswith(".table")}
+    assert own
+    assert not any(torch.equal(dict(before.named_buffers())[k], v) for k, v in own.items())
+    context = before.context.model_dump(mode="json")
+    begin_with(after, {"model": "pg-dcn", "context": context, "weights": before.state_dict()})
+    for key, value in own.items():
+        torch.testing.assert_close(dict(after.named_buffers())[key], value, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("label", ["sparsefocus", "tsva, told"])
 def test_settled_it_answers_the_same_and_learns_from_there(label: str, tmp_path: Path) -> None:
     net, card, write = made(label)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["begin_with", "settle", "weights_to_begin_with"]
 
 _LEAST_VARIANCE = 1e-8
+_LEARNED = ("running_mean", "running_var", "num_batches_tracked")  # among the buffers
 
 
 def weights_to_begin_with(init: str) -> dict[str, Any]:
@@ -81,7 +82,8 @@ def begin_with(net: Net, state: dict[str, Any]) -> None:
             f"init: a net {state['model']!r} for {len(state['context']['looks_um'])} looks "
             "does not fit; its kind, widths and looks must be the same"
         )
-    fixed = {k for k in own if k.endswith("centres")}  # of this net's own range
+    # what follows from this net's own range and looks, and is not learned
+    fixed = {k for k, _ in net.named_buffers() if k.rpartition(".")[2] not in _LEARNED}
     if tuple(state["context"]["looks_um"]) != net.context.looks_um:
         fixed |= {k for k in own if ".spectral." in k}
     net.load_state_dict({k: v for k, v in fits.items() if k not in fixed}, strict=False)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mm_autofocus.refocusing.running import cores
@@ -162,8 +162,8 @@ def learn(
     muon : bool
         Teach the matrices of the perceptron by `torch.optim.Muon` (Jordan et al., 2024): all
         directions of a step are of one length, so that what tells lens from defocus, a few
-        per cent of inputs that vary together, is not learned last. It comes as far in half of
-        the passes; of a few hundred patches it would learn what is peculiar to them.
+        per cent of inputs that vary together, is not learned last. For many patches: of a few
+        it learns soon what is peculiar to them.
     """
     seen, defocus_um = taught
     learned = [p for p in net.reading_parameters() if p.requires_grad]
@@ -201,8 +201,8 @@ def learn(
                 other = torch.randint(len(beside[0]), (batch // _BESIDE,), generator=order)
                 other = other.to(seen.device)
                 spectra = beside[0][other].float()
-                # the convolutions found nothing there
-                spectra = nn.functional.pad(spectra, (x.shape[1] - spectra.shape[1], 0))
+                if x.shape[1] != spectra.shape[1]:
+                    spectra = net.seen_of(spectra)
                 x, d = torch.cat((x, spectra)), torch.cat((d, beside[1][other]))
             losses = net.losses(net.by_seen(x), d)
             loss = cast("Tensor", sum(losses.values()))

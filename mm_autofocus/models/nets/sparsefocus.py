@@ -341,10 +341,14 @@ class SparseFocus(DefocusNet):
         return output
 
     def _parts(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """What the convolutions found, nothing of spectra alone; and the spectra."""
+        """What the convolutions found, and the spectra."""
         if seen.shape[1] == self._spectral.usual.num_features:
-            return seen.new_zeros(len(seen), self._found), seen
+            seen = self.seen_of(seen)
         return seen[:, : self._found], seen[:, self._found :]
+
+    def seen_of(self, spectra: Tensor) -> Tensor:
+        """Spectra alone ``(N, F)``, as if the convolutions had found nothing: ``(N, S)``."""
+        return torch.cat((spectra.new_zeros(len(spectra), self._found), spectra), 1)
 
     def reading_parameters(self) -> list[nn.Parameter]:
         """What `by_seen` depends on."""
