@@ -154,7 +154,7 @@ class _Theory(SpectraByTheory):
             looks_um=looks, channels=3, na=NA, wavelength_um=REFERENCE_UM,
             pixel_size_um=PIXEL_UM,
         )  # fmt: skip
-        super().__init__(context, TheoryOptions(patches=1, each=1, **THEORY), 5)
+        super().__init__(context, TheoryOptions(patches=1, **THEORY), 5)
         self._dice(5)
         lens, specimen = self._lens(LENSES), self._specimen(LENSES)
         specimen["rms"] *= CONTRAST / specimen["rms"].square().sum(1, keepdim=True).sqrt()

@@ -118,7 +118,7 @@ def test_theory_comes_before_patches(
     told = [line for line in capsys.readouterr().err.splitlines() if "spectra" in line]
     passes = [line.split("  ")[0] for line in told if "pass " in line]
     assert passes == [f"spectra, pass {k}/{n}" for n in (2, 3) for k in range(1, n + 1)]
-    assert any("spectra by theory, 0 of 512" in line for line in told)
+    assert any("spectra by theory, 0 of 1024" in line for line in told)
 
 
 def test_theory_wants_to_know_the_optics(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_beside_images_theory_is_not_forgotten() -> None:
     context = NetContext(
         looks_um=(0, 4), range_um=(-8, 8), patch_px=64, na=0.5, pixel_size_um=0.5
     )
-    ranges = TheoryOptions(patches=6000, each=4)
+    ranges = TheoryOptions(patches=6000, heights=4, each=2)
     draws = SpectraByTheory(context, ranges, 0)
     taught = tuple(torch.cat(parts) for parts in zip(*draws, strict=True))
     apart = SpectraByTheory(context, ranges.model_copy(update={"patches": 600}), 1)

@@ -71,7 +71,7 @@ def test_a_net_taught_by_theory_alone_finds_the_defocus_of_images() -> None:
     net = build_net("sparsefocus", context(), {**options.net, "widths": (8,), "depths": (1,)})
     said: list[str] = []
     spectra_first(net.eval(), None, options, torch.device("cpu"), said.append)
-    assert said[0] == "spectra by theory, 0 of 12032"
+    assert said[0] == "spectra by theory, 0 of 12288"
     net.eval()
     rng = np.random.default_rng(5)
     label = np.linspace(-10, 10, 60)
@@ -90,7 +90,7 @@ def test_a_net_taught_by_theory_alone_finds_the_defocus_of_images() -> None:
 @pytest.mark.parametrize("looks", [(0.0,), (-2.0, 0.0, 2.0)])
 def test_it_draws_what_the_net_computes_of_patches(looks, channels) -> None:
     spectra = CrossSpectra(len(looks), channels, PATCH)
-    ranges = TheoryOptions(patches=500, each=2)
+    ranges = TheoryOptions(patches=500, heights=1, each=2)
     theory = SpectraByTheory(context(looks, channels), ranges, 3, (0.5, 1.0))
     assert len(theory) == 8
     seen, defocus = theory[2]
@@ -113,7 +113,7 @@ def test_a_range_beside_focus_has_nothing_near_it() -> None:
 
 
 def test_its_pupil_is_that_of_the_optics() -> None:
-    theory = SpectraByTheory(context(), TheoryOptions(patches=1, each=1), 1)
+    theory = SpectraByTheory(context(), TheoryOptions(patches=1, heights=1, each=1), 1)
     theory[0]  # it draws from the dice of a draw
     lens = theory._lens(1)
     given = {key: float(value) for key, value in lens.items()}

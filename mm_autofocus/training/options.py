@@ -84,9 +84,9 @@ class TheoryOptions(BaseModel):
     Attributes
     ----------
     patches, passes : int
-        How many are drawn, and how often they are gone through; 0 patches: none.
-    each : int
-        Patches of one lens and specimen.
+        How many are drawn at least, and how often they are gone through; 0 patches: none.
+    heights, each : int
+        Of each lens and slide, and patches of the slide at each of these heights.
     sigma : tuple of float
         Condenser aperture over objective aperture.
     spherical_waves, astigmatism_waves : tuple of float
@@ -101,6 +101,7 @@ class TheoryOptions(BaseModel):
 
     patches: Annotated[int, Field(ge=0)] = 0
     passes: _Count = 4
+    heights: _Count = 4
     each: _Count = 8
     sigma: _Range = (0.3, 0.9)
     spherical_waves: _Range = (-0.1, 0.1)

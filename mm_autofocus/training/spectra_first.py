@@ -92,14 +92,17 @@ def gather_by_theory(
     device: torch.device,
     say: Callable[[str], None],
 ) -> Taught:
-    """Spectra of patches by theory, ``(N, F)`` float32; their defocus ``(N,)`` in µm."""
+    """Spectra of patches by theory, ``(N, F)`` float16; their defocus ``(N,)`` in µm.
+
+    What rounding changes is far below their scatter, and millions of them fit into memory.
+    """
     near = (options.near_share, options.near_um)
     theory = SpectraByTheory(net.context, options.theory, options.seed, near)
     found, defocus = [], []
     # nobody computes beside them
     workers = cores() if options.workers is None else options.workers
     for k, (seen, at) in enumerate(DataLoader(theory, batch_size=None, num_workers=workers)):
-        found.append(seen.to(device))
+        found.append(seen.half().to(device))
         defocus.append(at.to(device))
         if k % max(1, len(theory) // 10) == 0:
             say(f"spectra by theory, {k * len(at)} of {len(theory) * len(at)}")

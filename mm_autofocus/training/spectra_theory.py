@@ -64,6 +64,7 @@ _LN10 = math.log(10)
 _HANN_OVERLAP = 2.5  # waves of a ring that vary as one, behind the window
 _ROUNDING = 1 / 12 / 255**2  # to 8 bits; of more, the other noise outweighs it
 _DUST_PX = (3.0, 11.0)  # radii of its shadows, out of focus
+_LEAST_FILLED = 0.02
 _LEAST_COHERENT = 2e-6  # what keeps a covariance positive in single precision
 _NODES = np.geomspace(0.002, 2, 400)  # to norm textures, periods per µm
 
@@ -203,10 +204,11 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         """Draws that make up the patches asked for."""
-        return math.ceil(self._ranges.patches / (_LENSES * self._ranges.each))
+        ranges = self._ranges
+        return math.ceil(ranges.patches / (_LENSES * ranges.heights * ranges.each))
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """Draw patches of some lenses, each with a specimen and a camera of its own.
+        """Draw patches of some lenses, each with a slide and a camera of its own.
 
         Parameters
         ----------
@@ -225,23 +227,30 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         self._rng = np.random.default_rng([self._seed, number, 11])
         self._torch = torch.Generator().manual_seed(int(self._rng.integers(2**62)))
         with torch.inference_mode():
-            return self._draw(_LENSES, self._ranges.each)
+            return self._draw(_LENSES, self._ranges.heights, self._ranges.each)
 
-    def _draw(self, lenses: int, each: int) -> tuple[Tensor, Tensor]:
-        lens, specimen = self._lens(lenses), self._specimen(lenses)
-        everywhere = np.concatenate([self._frequency, self._edges])
-        textures = _tensor(
-            np.stack([_texture(self._rng, lenses, everywhere) for _ in range(3)], 1)
-            * _grain(self._rng, lenses, everywhere)
-        )
+    def _draw(self, lenses: int, heights: int, each: int) -> tuple[Tensor, Tensor]:
+        lens, slide = self._lens(lenses), self._specimen(lenses)
+        region = self._regions(slide, each)
         at = len(self._frequency)
-        focus = self._focus(lens, specimen, textures[:, :, at:])
-        defocus = _tensor(self._heights(lenses, each))
-        given = {**specimen, "textures": textures[:, :, :at], **self._camera(lenses)}
+        strength = region["rms"].square() / slide["rms"].square()[:, None]
+        textures = region.pop("textures") * strength[..., None]
+        # the label is that of the whole field
+        focus = self._focus(lens, slide, textures[..., at:].mean(1))
+        defocus = _tensor(self._heights(lenses, heights))
         z = defocus + focus[:, None]
-        covariance = self._covariance(lens, given, z, self._looks, self._frequency, _ANGLES)
-        seen = self._patches(covariance, _repeated(given, each))
-        return seen, defocus.reshape(-1)
+        by_texture = self._by_texture(lens, slide, z, self._looks, self._frequency, _ANGLES)
+        covariance = torch.einsum(
+            "lptf,lhftab->lhpfab",
+            textures[..., :at] * slide["rms"].square()[:, None, :, None],
+            by_texture.reshape(lenses, heights, *by_texture.shape[1:]),
+        )
+        patch = torch.arange(lenses * each).reshape(lenses, 1, each)
+        patch = patch.expand(-1, heights, -1).flatten()
+        given = {k: v.flatten(0, 1) for k, v in region.items()} | self._cameras(lenses, each)
+        given = {k: v[patch] for k, v in given.items()}
+        seen = self._patches(self._lit(covariance.flatten(0, 2), given["level"]), given)
+        return seen, defocus.repeat_interleave(each, 1).flatten()
 
     # ------------------------------------------------------------------------- the lots
 
@@ -265,7 +274,8 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
 
         ``absorbance`` ``(n, 3, C)``, by its natural logarithm; ``path`` ``(n, 3)`` in µm, for
         the same amount of it; ``rms`` ``(n, 3)``; ``level`` ``(n, C)``: of the mean light;
-        ``filled`` ``(n,)``; ``alike`` ``(n, 3)``: correlation of both layers.
+        ``mean``, ``filled`` ``(n,)``: amount in the mean over that of ``rms`` where there is
+        any, and where that is; ``alike`` ``(n, 3)``: correlation of both layers.
         """
         rng, colours = self._rng, len(self._waves_um)
         other = rng.random(n) < 0.3
@@ -286,16 +296,47 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         path[:, 2] = 1.0
         full = rng.random(n) < 0.4
         filled = np.exp(np.where(full, rng.uniform(-0.7, 0, n), rng.uniform(-3.9, 0, n)))
-        mean = (rms[:, :2, None] * absorbance[:, :2]).sum(1)
-        mean *= (rng.uniform(0.3, 2, n) * filled)[:, None]
+        mean = rng.uniform(0.3, 2, n)
+        level = _level(rms, absorbance, mean * filled)
         return {
             "absorbance": _tensor(absorbance),
             "path": _tensor(path),
             "rms": _tensor(rms),
-            "level": _tensor(np.exp(-mean)),
+            "level": _tensor(level),
+            "mean": _tensor(mean),
             "filled": _tensor(filled),
             "alike": _tensor(rng.uniform(0, 1, (n, 3))),
         }
+
+    def _regions(self, slide: Lens, each: int) -> Lens:
+        """Patches of slides: ``textures (n, each, 3, F)``, ``rms``, ``filled``, ``level``.
+
+        Each has textures of its own. How much there is of them varies more or less.
+        """
+        rng, n = self._rng, len(slide["rms"])
+        everywhere = np.concatenate([self._frequency, self._edges])
+        drawn = [_texture(rng, n * each, everywhere) for _ in range(3)]
+        textures = np.stack(drawn, 1) * _grain(rng, n * each, everywhere)
+        rms = slide["rms"].numpy()[:, None]
+        rms = rms * np.exp(rng.normal(0, 1, (n, each, 3)) * rng.uniform(0, 0.6, (n, 1, 1)))
+        filled = slide["filled"].numpy()[:, None]
+        filled = filled * np.exp(rng.normal(0, 1, (n, each)) * rng.uniform(0, 0.8, (n, 1)))
+        filled = filled.clip(_LEAST_FILLED, 1)
+        absorbance = slide["absorbance"].numpy()[:, None]
+        level = _level(rms, absorbance, slide["mean"].numpy()[:, None] * filled)
+        shape = (n, each, *textures.shape[1:])
+        return {
+            "textures": _tensor(textures.reshape(shape)),
+            "rms": _tensor(rms),
+            "filled": _tensor(filled),
+            "level": _tensor(level),
+        }
+
+    def _cameras(self, n: int, each: int) -> Lens:
+        """Of `n` cameras; what else is drawn for a patch, for `each` patches of each."""
+        own = self._camera(n * each)
+        alike = ("gain", "crosstalk", "per_light", "reading")
+        return own | {k: own[k][::each].repeat_interleave(each, 0) for k in alike}
 
     def _camera(self, n: int) -> Lens:
         """Of the camera, and what else is drawn for a patch."""
@@ -394,29 +435,46 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         angles: int,
     ) -> Tensor:
         """Of the planes of all looks, ``(B · K, F, planes, planes)``, look by look, in µm²."""
-        specimen = _repeated(specimen, defocus_um.shape[1])
+        each = self._by_texture(lens, specimen, defocus_um, looks, frequency, angles)
+        power = specimen["textures"] * specimen["rms"].square()[:, :, None]
+        power = power.repeat_interleave(defocus_um.shape[1], 0)
+        level = specimen["level"].repeat_interleave(defocus_um.shape[1], 0)
+        return self._lit(torch.einsum("btf,bftpq->bfpq", power, each), level)
+
+    def _by_texture(
+        self,
+        lens: Lens,
+        slide: Lens,
+        defocus_um: Tensor,
+        looks: tuple[float, ...],
+        frequency: Real,
+        angles: int,
+    ) -> Tensor:
+        """By one unit of each texture and of light, ``(B · K, F, 3, planes, planes)``."""
+        slide = _repeated(slide, defocus_um.shape[1])
         f = _tensor(frequency)
         turn = (torch.arange(angles) + float(self._rng.random())) * math.pi / angles
         planes = []
         for look in looks:
             for c, wave in enumerate(self._waves_um):
-                absorbs = specimen["absorbance"][:, :, c, None, None]
-                delays = specimen["path"][:, :, None, None] * 4 * math.pi / wave
-                level = specimen["level"][:, c, None, None, None, None]
+                absorbs = slide["absorbance"][:, :, c, None, None]
+                delays = slide["path"][:, :, None, None] * 4 * math.pi / wave
                 layers = self._transfer(f, defocus_um + look, lens, wave, turn)
                 passed = [absorbs * re[:, None] + delays * im[:, None] for re, im in layers]
-                planes.append(level * torch.stack(passed, 1))
+                planes.append(torch.stack(passed, 1))
         one = torch.stack(planes, 1)  # (B · K, planes, layers, textures, angles, F)
         # what both layers have in common, and what they have not
-        alike = specimen["alike"][:, None, :, None, None]
+        alike = slide["alike"][:, None, :, None, None]
         common = (one[:, :, 0] + one[:, :, 1]) * ((1 + alike) / 4).sqrt()
         own = (one[:, :, 0] - one[:, :, 1]) * ((1 - alike) / 4).sqrt()
-        power = specimen["textures"] * specimen["rms"].square()[:, :, None]
-        root = torch.cat([power, power], 1).sqrt()
-        both = torch.cat([common, own], 2) * root[:, None, :, None]
-        rows = both.permute(0, 4, 1, 2, 3).flatten(3)
-        product: Tensor = rows @ rows.transpose(2, 3) / angles
+        rows = torch.cat([common, own], 3).permute(0, 4, 2, 1, 3)
+        product: Tensor = rows @ rows.transpose(3, 4) / angles
         return product
+
+    def _lit(self, covariance: Tensor, level: Tensor) -> Tensor:
+        """A covariance ``(B, F, planes, planes)`` under a mean light ``(B, C)``."""
+        level = level.repeat(1, covariance.shape[-1] // level.shape[1])
+        return covariance * (level[:, :, None] * level[:, None, :])[:, None]
 
     def _focus(self, lens: Lens, specimen: Lens, textures: Tensor) -> Tensor:
         """Where Brenner's measure puts the focus of each lens, ``(B,)`` in µm.
@@ -537,6 +595,11 @@ def _tensor(values: Any) -> Tensor:
 
 def _repeated(values: Lens, times: int) -> Lens:
     return {k: v.repeat_interleave(times, 0) for k, v in values.items()}
+
+
+def _level(rms: Real, absorbance: Real, mean: Real) -> Real:
+    """Mean light ``(..., C)`` behind stains of ``rms (..., 3)``, `mean` times as much."""
+    return np.asarray(np.exp(-(rms[..., None] * absorbance).sum(-2) * mean[..., None]))
 
 
 def _mixing(gain: Tensor, crosstalk: Tensor, colours: int, looks: int) -> Tensor:
