@@ -130,6 +130,28 @@ def test_its_pupil_is_that_of_the_optics() -> None:
     np.testing.assert_allclose(phase[0, 0], 2 * np.pi / 0.46 * error, atol=1e-5)
 
 
+def test_photographs_have_colours_of_their_own() -> None:
+    theory = SpectraByTheory(context((0.0,), 3), TheoryOptions(patches=1), 1)
+    theory[0]  # it draws from the dice of a draw
+    lens, slide = theory._lens(600), theory._specimen(600)
+    made = theory._photographed(slide)
+    photo = made["rms"][:, 3] > 0
+    assert 0.2 < photo.float().mean() < 0.4
+    for key in ("absorbance", "path", "rms", "alike"):
+        torch.testing.assert_close(made[key][~photo, :3], slide[key][~photo])
+    assert (made["blur"][~photo] == 0).all()
+    assert made["blur"][photo].mean() > 0.05
+    assert (made["alike"][photo] == 1).all()
+    f, blur = np.array([0.1, 0.5, 1.0]), torch.tensor([[0.2, 0.0, 0.1]]).expand(600, -1)
+    seen = {}
+    for name, of in (("sharp", slide), ("soft", slide | {"blur": blur})):
+        theory._rng = np.random.default_rng(3)
+        seen[name] = theory._by_texture(lens, of, torch.zeros(600, 1), (0.0,), f, 3)
+    passed = torch.exp(-2 * np.pi**2 * blur[0].square() * torch.tensor(f)[:, None].square())
+    both = (passed[:, :, None] * passed[:, None, :])[None, :, None].float()
+    torch.testing.assert_close(seen["soft"], seen["sharp"] * both, rtol=1e-4, atol=1e-7)
+
+
 def test_a_net_that_learned_before_keeps_what_it_finds_usual() -> None:
     theory = {"patches": 512, "passes": 1, **LENS}
     options = read_options({"looks_um": [0, 4], "net": {"spectra": 16}, "theory": theory})

@@ -16,7 +16,9 @@ symmetric source (Streibl, *J. Opt. Soc. Am. A* 2 (1985) 121). The source is tha
 `optics.condenser`; the lens is a dry one.
 
 **Specimen.** Two layers of three isotropic textures: two stains, each with phase of its own,
-and one of phase only. Strength, colour, slope, bends and grain of each are drawn.
+and one of phase only. Strength, colour, slope, bends and grain of each are drawn. In colour,
+some specimens are what simulators make of photographs: there each colour has been blurred by
+a lens already, and has something of its own.
 
 **Patch.** Means over rings of the power of windowed tiles: the expectation follows from the
 covariance of the texture by the window's leakage, the scatter is that of Wishart's distribution
@@ -65,6 +67,7 @@ _HANN_OVERLAP = 2.5  # waves of a ring that vary as one, behind the window
 _ROUNDING = 1 / 12 / 255**2  # to 8 bits; of more, the other noise outweighs it
 _DUST_PX = (3.0, 11.0)  # radii of its shadows, out of focus
 _LEAST_FILLED = 0.02
+_PHOTOGRAPHS = 0.3
 _LEAST_COHERENT = 2e-6  # what keeps a covariance positive in single precision
 _NODES = np.geomspace(0.002, 2, 400)  # to norm textures, periods per µm
 
@@ -231,18 +234,20 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
 
     def _draw(self, lenses: int, heights: int, each: int) -> tuple[Tensor, Tensor]:
         lens, slide = self._lens(lenses), self._specimen(lenses)
+        if len(self._waves_um) > 1:
+            slide = self._photographed(slide)
         region = self._regions(slide, each)
         at = len(self._frequency)
-        strength = region["rms"].square() / slide["rms"].square()[:, None]
-        textures = region.pop("textures") * strength[..., None]
+        power = region.pop("textures") * region["rms"].square()[..., None]
+        slide["rms"] = torch.ones_like(slide["rms"])
         # the label is that of the whole field
-        focus = self._focus(lens, slide, textures[..., at:].mean(1))
+        focus = self._focus(lens, slide, power[..., at:].mean(1))
         defocus = _tensor(self._heights(lenses, heights))
         z = defocus + focus[:, None]
         by_texture = self._by_texture(lens, slide, z, self._looks, self._frequency, _ANGLES)
         covariance = torch.einsum(
             "lptf,lhftab->lhpfab",
-            textures[..., :at] * slide["rms"].square()[:, None, :, None],
+            power[..., :at],
             by_texture.reshape(lenses, heights, *by_texture.shape[1:]),
         )
         patch = torch.arange(lenses * each).reshape(lenses, 1, each)
@@ -308,8 +313,30 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
             "alike": _tensor(rng.uniform(0, 1, (n, 3))),
         }
 
+    def _photographed(self, slide: Lens) -> Lens:
+        """Make some of the slides such as photographs of tissue are.
+
+        The lens that took one blurred its colours by different amounts, and its compression
+        gave each something of its own; its depth is not known, so that all layers are alike.
+        """
+        rng, n, colours = self._rng, len(slide["rms"]), len(self._waves_um)
+        photo = rng.random((n, 1)) < _PHOTOGRAPHS
+        part = np.exp(rng.uniform(math.log(0.02), math.log(0.5), (n, 1))) * photo
+        strength = slide["rms"][:, :2].square().sum(1, keepdim=True).sqrt()
+        blur = rng.uniform(0, 0.25, (n, 1)) + rng.normal(0, 0.05, (n, colours))
+        path = rng.uniform(0, 0.05, (n, 1)) * np.ones(colours)
+        own = {
+            "absorbance": 0.6 * _LN10 * torch.eye(colours).expand(n, -1, -1),
+            "path": _tensor(path),
+            "rms": (strength * _tensor(part)).expand(-1, colours),
+            "alike": torch.ones(n, colours),
+        }
+        slide = slide | {k: torch.cat([slide[k], v], 1) for k, v in own.items()}
+        slide["alike"] = torch.where(_tensor(photo) > 0, 1.0, slide["alike"])
+        return slide | {"blur": _tensor(blur.clip(0) * photo)}
+
     def _regions(self, slide: Lens, each: int) -> Lens:
-        """Patches of slides: ``textures (n, each, 3, F)``, ``rms``, ``filled``, ``level``.
+        """Patches of slides: ``textures (n, each, T, F)``, ``rms``, ``filled``, ``level``.
 
         Each has textures of its own. How much there is of them varies more or less.
         """
@@ -317,8 +344,13 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         everywhere = np.concatenate([self._frequency, self._edges])
         drawn = [_texture(rng, n * each, everywhere) for _ in range(3)]
         textures = np.stack(drawn, 1) * _grain(rng, n * each, everywhere)
+        count = slide["rms"].shape[1]
+        if count > 3:  # what each colour has for itself
+            own = _texture(rng, n * each, everywhere)[:, None].repeat(count - 3, 1)
+            textures = np.concatenate([textures, own], 1)
         rms = slide["rms"].numpy()[:, None]
-        rms = rms * np.exp(rng.normal(0, 1, (n, each, 3)) * rng.uniform(0, 0.6, (n, 1, 1)))
+        much = np.exp(rng.normal(0, 1, (n, each, count)) * rng.uniform(0, 0.6, (n, 1, 1)))
+        rms = rms * much
         filled = slide["filled"].numpy()[:, None]
         filled = filled * np.exp(rng.normal(0, 1, (n, each)) * rng.uniform(0, 0.8, (n, 1)))
         filled = filled.clip(_LEAST_FILLED, 1)
@@ -450,7 +482,7 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         frequency: Real,
         angles: int,
     ) -> Tensor:
-        """By one unit of each texture and of light, ``(B · K, F, 3, planes, planes)``."""
+        """By one unit of each texture and of light, ``(B · K, F, T, planes, planes)``."""
         slide = _repeated(slide, defocus_um.shape[1])
         f = _tensor(frequency)
         turn = (torch.arange(angles) + float(self._rng.random())) * math.pi / angles
@@ -461,7 +493,11 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
                 delays = slide["path"][:, :, None, None] * 4 * math.pi / wave
                 layers = self._transfer(f, defocus_um + look, lens, wave, turn)
                 passed = [absorbs * re[:, None] + delays * im[:, None] for re, im in layers]
-                planes.append(torch.stack(passed, 1))
+                seen = torch.stack(passed, 1)
+                if "blur" in slide:
+                    blur = slide["blur"][:, c, None, None, None, None] * f
+                    seen = seen * torch.exp(-2 * math.pi**2 * blur.square())
+                planes.append(seen)
         one = torch.stack(planes, 1)  # (B · K, planes, layers, textures, angles, F)
         # what both layers have in common, and what they have not
         alike = slide["alike"][:, None, :, None, None]
