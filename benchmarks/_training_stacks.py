@@ -65,6 +65,8 @@ class Recipe:
         Share of the slides whose frames have the larger edge.
     offset_um : (float, float)
         The stacks begin at a random z in this range about the middle.
+    pictures : tuple of str
+        Those of `PICTURES` that are no tissue.
     """
 
     planes_um: tuple[float, ...]
@@ -73,15 +75,16 @@ class Recipe:
     large: float
     offset_um: tuple[float, float]
     one_sparsity: bool = False
+    pictures: tuple[str, ...] = OTHER_PICTURES
 
 
-def kind_of(rng: np.random.Generator) -> tuple[str, str]:
-    """Draw a kind of slide and its picture."""
+def kind_of(rng: np.random.Generator, pictures: Sequence[str]) -> tuple[str, str]:
+    """Draw a kind of slide and its picture, of these where it is none of tissue."""
     name = str(rng.choice([k for k, _ in KINDS], p=[p for _, p in KINDS]))
     if name == "tissue picture":
         return "picture", TISSUE_PICTURE
     if name == "other picture":
-        return "picture", str(PICTURES / str(rng.choice(OTHER_PICTURES)))
+        return "picture", str(PICTURES / str(rng.choice(pictures)))
     return name, ""
 
 
@@ -133,7 +136,7 @@ def collect_share(recipe: Recipe, folder: Path, stacks: int, job: int, jobs: int
             if done >= stacks / jobs:
                 return
             rng = np.random.default_rng([seed, 5])
-            kind, picture = kind_of(rng)
+            kind, picture = kind_of(rng, recipe.pictures)
             draw(seed, kind, picture=picture).apply(scope)
             px = large if rng.uniform() < recipe.large else small
             core.setProperty("Camera", "sensor", f"{px}x{px}")
