@@ -66,8 +66,8 @@ _LN10 = math.log(10)
 _HANN_OVERLAP = 2.5  # waves of a ring that vary as one, behind the window
 _ROUNDING = 1 / 12 / 255**2  # to 8 bits; of more, the other noise outweighs it
 _DUST_PX = (3.0, 11.0)  # radii of its shadows, out of focus
-_LEAST_FILLED = 0.02
-_PHOTOGRAPHS = 0.3
+_LEAST_FILLED = 0.02  # of a patch
+_PHOTOGRAPHS = 0.3  # of the slides in colour
 _LEAST_COHERENT = 2e-6  # what keeps a covariance positive in single precision
 _NODES = np.geomspace(0.002, 2, 400)  # to norm textures, periods per µm
 
