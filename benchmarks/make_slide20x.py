@@ -35,8 +35,7 @@ RECIPE = Recipe(
     large=0.05,
     offset_um=(-2.0, 0.2),
     one_sparsity=True,
-    # Of a picture that no stack shows the far ends are read half as well as of one that some
-    # show: colours that another lens has blurred look like a lens's own.
+    # Many: colours that the lens of a photographer has blurred look like the blur of this one.
     pictures=(
         *OTHER_PICTURES, "astronaut.png", "chelsea.png", "hubble_deep_field.jpg",
         "motorcycle_left.png", "rocket.jpg",
@@ -67,8 +66,8 @@ SPECTRA: dict[str, object] = {
     "theory.patches": 1_500_000,
     "theory.passes": 8,
     **{f"theory.{key}": list(ends) for key, ends in THEORY.items()},
-    "spectra_patches": 45_000,
-    "spectra_passes": 6,
+    "spectra_patches": 70_000,
+    "spectra_passes": 10,
     "augment.noise": 0.003,
     "lr": 0.0003,
     "warmup": 0.05,

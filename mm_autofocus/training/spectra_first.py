@@ -94,7 +94,7 @@ def gather_by_theory(
 ) -> Taught:
     """Spectra of patches by theory, ``(N, F)`` float16; their defocus ``(N,)`` in µm.
 
-    What rounding changes is far below their scatter, and millions of them fit into memory.
+    Rounded, so that millions of them fit into memory.
     """
     near = (options.near_share, options.near_um)
     theory = SpectraByTheory(net.context, options.theory, options.seed, near)

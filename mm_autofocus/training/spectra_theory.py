@@ -239,7 +239,7 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         region = self._regions(slide, each)
         at = len(self._frequency)
         power = region.pop("textures") * region["rms"].square()[..., None]
-        slide["rms"] = torch.ones_like(slide["rms"])
+        slide["rms"] = torch.ones_like(slide["rms"])  # it is in `power`, patch by patch
         # the label is that of the whole field
         focus = self._focus(lens, slide, power[..., at:].mean(1))
         defocus = _tensor(self._heights(lenses, heights))
@@ -254,7 +254,7 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         patch = patch.expand(-1, heights, -1).flatten()
         given = {k: v.flatten(0, 1) for k, v in region.items()} | self._cameras(lenses, each)
         given = {k: v[patch] for k, v in given.items()}
-        seen = self._patches(self._lit(covariance.flatten(0, 2), given["level"]), given)
+        seen = self._patches(_lit(covariance.flatten(0, 2), given["level"]), given)
         return seen, defocus.repeat_interleave(each, 1).flatten()
 
     # ------------------------------------------------------------------------- the lots
@@ -332,7 +332,7 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
             "alike": torch.ones(n, colours),
         }
         slide = slide | {k: torch.cat([slide[k], v], 1) for k, v in own.items()}
-        slide["alike"] = torch.where(_tensor(photo) > 0, 1.0, slide["alike"])
+        slide["alike"] = torch.where(torch.from_numpy(photo), 1.0, slide["alike"])
         return slide | {"blur": _tensor(blur.clip(0) * photo)}
 
     def _regions(self, slide: Lens, each: int) -> Lens:
@@ -471,7 +471,7 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         power = specimen["textures"] * specimen["rms"].square()[:, :, None]
         power = power.repeat_interleave(defocus_um.shape[1], 0)
         level = specimen["level"].repeat_interleave(defocus_um.shape[1], 0)
-        return self._lit(torch.einsum("btf,bftpq->bfpq", power, each), level)
+        return _lit(torch.einsum("btf,bftpq->bfpq", power, each), level)
 
     def _by_texture(
         self,
@@ -506,11 +506,6 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         rows = torch.cat([common, own], 3).permute(0, 4, 2, 1, 3)
         product: Tensor = rows @ rows.transpose(3, 4) / angles
         return product
-
-    def _lit(self, covariance: Tensor, level: Tensor) -> Tensor:
-        """A covariance ``(B, F, planes, planes)`` under a mean light ``(B, C)``."""
-        level = level.repeat(1, covariance.shape[-1] // level.shape[1])
-        return covariance * (level[:, :, None] * level[:, None, :])[:, None]
 
     def _focus(self, lens: Lens, specimen: Lens, textures: Tensor) -> Tensor:
         """Where Brenner's measure puts the focus of each lens, ``(B,)`` in µm.
@@ -634,8 +629,14 @@ def _repeated(values: Lens, times: int) -> Lens:
 
 
 def _level(rms: Real, absorbance: Real, mean: Real) -> Real:
-    """Mean light ``(..., C)`` behind stains of ``rms (..., 3)``, `mean` times as much."""
+    """Mean light ``(..., C)`` behind stains of ``rms (..., T)``, `mean` times as much."""
     return np.asarray(np.exp(-(rms[..., None] * absorbance).sum(-2) * mean[..., None]))
+
+
+def _lit(covariance: Tensor, level: Tensor) -> Tensor:
+    """A covariance ``(B, F, planes, planes)`` under a mean light ``(B, C)``."""
+    level = level.repeat(1, covariance.shape[-1] // level.shape[1])
+    return covariance * (level[:, :, None] * level[:, None, :])[:, None]
 
 
 def _mixing(gain: Tensor, crosstalk: Tensor, colours: int, looks: int) -> Tensor:
