@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -14,17 +15,32 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
+    from typing import Protocol
 
     from mm_autofocus.hooks.pymmcore import AutofocusEngine
 
-__all__ = ["RunDisplay", "make_console", "number", "print_tiles", "tile_table"]
+    class Done(Protocol):
+        """Takes how many are done, and how many there are if that was not known before."""
+
+        def __call__(self, done: int, of: int | None = None) -> None: ...
+
+
+__all__ = [
+    "RunDisplay",
+    "make_console",
+    "number",
+    "print_tiles",
+    "progress_bar",
+    "tile_table",
+]
 
 _STYLE = {"ok": "green", "low-confidence": "yellow", "stale": "yellow", "failed": "red"}
 # A live table longer than the terminal flickers; the file and the report have all tiles.
@@ -52,6 +68,41 @@ def make_console(*, stderr: bool = False) -> Console:
     """Make a console as wide as its terminal; wide enough for every table elsewhere."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
+
+
+@contextmanager
+def progress_bar(name: str, total: int | None = None, *, quiet: bool = False) -> Iterator[Done]:
+    """Show how far a computation has come; nothing where stderr is no terminal.
+
+    Parameters
+    ----------
+    name : str
+        What is being done, or counted.
+    total : int, optional
+        How many there are, where that is known before.
+    quiet : bool
+        Show nothing.
+
+    Yields
+    ------
+    callable
+        Takes how many are done and, where that was not known, how many there are.
+    """
+    console = make_console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda done, of=None: None
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(name, total=total)
+        yield lambda done, of=None: bar.update(task, completed=done, total=of)
 
 
 def number(value: Any, digits: int = 2) -> str:

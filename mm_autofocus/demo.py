@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_autofocus.console import COLUMNS, make_console, print_tiles
+from mm_autofocus.console import COLUMNS, make_console, print_tiles, progress_bar
 from mm_autofocus.demo_two_shot import COLUMNS as TWO_SHOT_COLUMNS
 from mm_autofocus.demo_two_shot import need_model, recover
 from mm_autofocus.errors import InputError
@@ -176,13 +176,13 @@ def run_demo(
         began_s = scope.clock.now_s
         result = run_shown(sequence, core, file, as_json=as_json, overwrite=True)
         took_s = scope.clock.now_s - began_s
-        tiles = _judge(scope, saved)
+        tiles = _judge(scope, saved, quiet=as_json)
         rows = [_row(r, tiles.get(r["index"]["p"])) for r in result.records]
         recovered = None
         if recovers is not None:
             taken = {p: exposure for p, (exposure, _) in saved.items()}
             fused = output / "recovered.ome.tiff"
-            recovered = recover(scope, file, fused, recovers, taken, rows)
+            recovered = recover(scope, file, fused, recovers, taken, rows, quiet=as_json)
     finally:
         close_core(core)
     write_report(
@@ -266,7 +266,9 @@ def _own_model(strategy: str | None) -> dict[str, Any]:
     return {"model": name}
 
 
-def _judge(scope: Microscope, saved: Mapping[int, tuple[Exposure, float]]) -> dict[int, Tile]:
+def _judge(
+    scope: Microscope, saved: Mapping[int, tuple[Exposure, float]], *, quiet: bool
+) -> dict[int, Tile]:
     """Ask the simulator for the truth about each saved frame; in two threads."""
     from mm_autofocus.sim.truth import defocus_um
 
@@ -279,8 +281,15 @@ def _judge(scope: Microscope, saved: Mapping[int, tuple[Exposure, float]]) -> di
         focus = None if defocus is None else reading_um - defocus
         return p, Tile(kind, defocus, focus, view.dof_um)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(judge, saved.items()))
+    tiles: dict[int, Tile] = {}
+    with (
+        ThreadPoolExecutor(2) as pool,
+        progress_bar("asking the simulator", len(saved), quiet=quiet) as done,
+    ):
+        for p, tile in pool.map(judge, saved.items()):
+            tiles[p] = tile
+            done(len(tiles))
+    return tiles
 
 
 def _row(record: dict[str, Any], tile: Tile | None) -> dict[str, Any]:

@@ -132,6 +132,8 @@ def recover(
     model: str,
     exposures: Mapping[int, Exposure],
     rows: Sequence[Mapping[str, Any]],
+    *,
+    quiet: bool = False,
 ) -> Recovered:
     """Recover all tiles of the demo, and compare them with what the simulator knows.
 
@@ -148,17 +150,19 @@ def recover(
     rows : sequence of mapping
         Of the tiles, as the demo has them: ``true_defocus_um`` is of that exposure,
         ``focus_um`` what the stage would have had to read.
+    quiet : bool
+        No progress bar.
 
     Raises
     ------
     InputError
         The model does not fit.
     """
-    from mm_autofocus.refocusing import refocus
+    from mm_autofocus.refocus_cli import refocus_shown
     from mm_autofocus.sim.truth import frame_in_focus
     from mm_autofocus.training.refocus_evaluate import psnr_db, ssim
 
-    found = refocus(raw, output, model=model, overwrite=True)
+    found = refocus_shown(raw, output, quiet=quiet, model=model, overwrite=True)
     told = {t["position"]: t for t in found.tiles}
     shots, fused = read_record(raw), read_record(output)
     at = {image.name: k for k, image in enumerate(fused.images)}

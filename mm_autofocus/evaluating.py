@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm_autofocus.console import make_console
+from mm_autofocus.console import progress_bar
 from mm_autofocus.errors import HardwareError, InputError
 from mm_autofocus.models.importing import load_any, load_model, load_refocus_model
 from mm_autofocus.models.refocus import RefocusModel
@@ -122,7 +121,7 @@ def evaluate_model(
     stacks, name, notes = _stacks(data, part, judged.card, limit)
     for stack in stacks:  # before the first of them takes its time
         check_stack(judged, stack)
-    with _progress(len(stacks), quiet) as on_stack:
+    with progress_bar("stacks", len(stacks), quiet=quiet) as on_stack:
         found = evaluate(
             judged,
             stacks,
@@ -220,7 +219,10 @@ def _evaluate_refocus(
     kind = _truth_of(judged.card)
     if kind != "plane":
         notes.append("The truth is a fusion of all planes, as in the training of the model.")
-    with TemporaryDirectory() as folder, _progress(len(stacks), quiet) as on_stack:
+    with (
+        TemporaryDirectory() as folder,
+        progress_bar("stacks", len(stacks), quiet=quiet) as on_stack,
+    ):
 
         def counted() -> Iterator[Any]:
             for number, case in cases_of(stacks, halves, truth=kind, folder=Path(folder)):
@@ -410,23 +412,6 @@ def _baselines(
                 raise InputError(f"--baseline: {e} (or one of {known})") from None
             judges[f"{other.card.name}, grid median"] = grid_median(other)
     return judges, searches, "zero" in names
-
-
-@contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = make_console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda done: None
-        return
-    bar = Progress(
-        "stacks", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
-    with bar:
-        task = bar.add_task("stacks", total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 # ------------------------------------------------------------------------------ output

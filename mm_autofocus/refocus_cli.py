@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mm_autofocus.console import make_console
+from mm_autofocus.console import make_console, progress_bar
 from mm_autofocus.refocusing import refocus
 from mm_autofocus.report import print_flagged
 
@@ -28,7 +26,7 @@ def refocus_shown(raw: Path, output: Path, *, quiet: bool = False, **options: An
     quiet : bool
         No progress bar.
     """
-    with _progress(quiet) as on_pair:
+    with progress_bar("recovering", quiet=quiet) as on_pair:
         return refocus(raw, output, on_pair=on_pair, **options)
 
 
@@ -51,29 +49,3 @@ def print_refocused(found: Refocused) -> None:
         line(f"{found.alone} shots have no partner: their tiles are missing")
     print_flagged(found.tiles, console)
     line(f"data: {found.output}")
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int], object]]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = make_console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda done, of: None
-        return
-    with Progress(
-        TextColumn("recovering"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as progress:
-        task = progress.add_task("pairs", total=None)
-        yield lambda done, of: progress.update(task, completed=done, total=of)

@@ -12,7 +12,7 @@ repeatability and drift.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -156,8 +156,9 @@ def measured_focus_um(
 ) -> float | None:
     """Height of the stage at which the focus measure of the noiseless image is largest.
 
-    It is looked for within ± 4 depths of field of the geometric focus, in steps of a third
-    of one, then by a parabola through the best and its neighbours, twice as near.
+    It is looked for within ± 4 depths of field of the geometric focus: in steps of two thirds
+    of one, which no peak of the measure fits between, then on either side of the best half as
+    far, and half again, and by a parabola through the best and its neighbours: 17 images.
 
     Parameters
     ----------
@@ -181,17 +182,25 @@ def measured_focus_um(
     size = (view.shape[1] * view.pitch_um, view.shape[0] * view.pitch_um)
     if scope.slide.sparsity(view.x_um, view.y_um, size) == "blank":
         return None
-    step = view.dof_um / 3
-    z = geometric_focus_um(scope, view=view) + step * np.arange(-12, 13)
-    curve = focus_curve(scope, z, view=view, measure=measure)
-    top = int(np.clip(curve.argmax(), 1, len(z) - 2))
-    fine = z[top] + step / 2 * np.arange(-2, 3)
-    near = focus_curve(scope, fine, view=view, measure=measure)
-    k = int(np.clip(near.argmax(), 1, 3))
-    a, b, c = near[k - 1 : k + 2]
+    grid = view.dof_um / 6
+    middle = geometric_focus_um(scope, view=view)
+    seen: dict[int, float] = {}
+
+    def look(points: Iterable[int]) -> int:
+        """Measure at points of the grid not seen yet; the best of all."""
+        new = [i for i in points if i not in seen and abs(i) <= 24]
+        values = focus_curve(scope, middle + grid * np.array(new), view=view, measure=measure)
+        seen.update(zip(new, values.tolist(), strict=True))
+        return max(seen, key=lambda i: seen[i])
+
+    top = look(range(-24, 25, 4))
+    for step in (2, 1):
+        top = look((top - step, top + step))
+    top = min(max(top, -23), 23)  # at the end of the range: the parabola through the last three
+    a, b, c = (seen[i] for i in (top - 1, top, top + 1))
     bend = a - 2 * b + c
     shift = 0.5 * (a - c) / bend if bend < 0 else 0.0
-    return float(fine[k] + np.clip(shift, -1, 1) * step / 2)
+    return float(middle + grid * (top + np.clip(shift, -1, 1)))
 
 
 def defocus_um(
