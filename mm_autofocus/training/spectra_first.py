@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from mm_autofocus.refocusing.running import cores
 from mm_autofocus.training.batches import batches_of
+from mm_autofocus.training.muon import BlockMuon
 from mm_autofocus.training.spectra_theory import SpectraByTheory
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def learn(
     beside : tuple of Tensor | None
         Spectra ``(M, F)`` and their defocus, of which each batch holds a third as many.
     muon : bool
-        Teach the matrices of the perceptron by `torch.optim.Muon` (Jordan et al., 2024): all
+        Teach the matrices of the perceptron by `BlockMuon` (Jordan et al., 2024): all
         directions of a step are of one length, so that what tells lens from defocus, a few
         per cent of inputs that vary together, is not learned last. For many patches: of a few
         it learns soon what is peculiar to them.
@@ -176,7 +177,7 @@ def learn(
         (torch.optim.AdamW(others, lr, weight_decay=_DECAY), lr)
     ]
     if matrices:
-        muons = torch.optim.Muon(matrices, _MUON_LR, weight_decay=_MUON_DECAY)
+        muons = BlockMuon(matrices, _MUON_LR, weight_decay=_MUON_DECAY)
         optimisers.append((muons, _MUON_LR))
     n = len(seen)
     batch = min(_MANY if muon else _BATCH, n)
