@@ -470,6 +470,9 @@ def export(
     pixel_tolerance: Annotated[
         float, typer.Option(help="Relative difference in pixel size to allow.")
     ] = 0.1,
+    half_weights: Annotated[
+        bool, typer.Option("--half-weights", help="Store large weights in 16 bits.")
+    ] = False,
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
@@ -485,6 +488,7 @@ def export(
         licence=licence,
         pixel_tolerance=pixel_tolerance,
         overwrite=overwrite,
+        half_weights=half_weights,
     )
     if json_:
         _print_json(result)

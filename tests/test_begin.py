@@ -118,6 +118,26 @@ def test_an_exported_model_is_a_net_again(label: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(other, one, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("label", ["sparsefocus, spectra", "tsva"])
+def test_weights_of_16_bits_are_read_as_32(
+    label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mm_autofocus.training.graph._LARGE", 256)
+    net, card, write = made(label)
+    for name, half in (("whole", False), ("half", True)):
+        write(net, card, tmp_path / f"{name}.onnx", half=half)
+    whole, half = (
+        weights_to_begin_with(str(tmp_path / f"{n}.onnx"))["weights"] for n in ("whole", "half")
+    )
+    assert (tmp_path / "half.onnx").stat().st_size < (tmp_path / "whole.onnx").stat().st_size
+    rounded = 0
+    for key, value in whole.items():
+        assert half[key].dtype == value.dtype
+        rounded += not torch.equal(half[key], value)
+        torch.testing.assert_close(half[key], value, rtol=1e-3, atol=1e-6)
+    assert rounded
+
+
 def test_what_reads_spectra_begins_anew_where_the_looks_lie_elsewhere() -> None:
     nets = []
     for looks in ((0.0, 4.0), (0.0, 4.0), (-8.0, 8.0)):

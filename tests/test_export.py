@@ -85,6 +85,21 @@ def test_the_graph_answers_as_torch_does_on_real_frames(exported, run, dataset) 
             assert seen.defocus_um == pytest.approx(agreed(chosen, sure), abs=1e-3)
 
 
+def test_half_the_size_answers_nearly_the_same(
+    exported, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = exported
+    monkeypatch.setattr("mm_autofocus.training.graph._LARGE", 256)
+    path = run.parent / "half.onnx"
+    result = export(run, path, licence="CC0", frames=60, half_weights=True)
+    assert path.stat().st_size < 0.8 * whole.stat().st_size
+    assert 0 < result["parity_um"] < 0.05
+    x = np.random.default_rng(0).random((5, 6, PATCH, PATCH), np.float32)
+    one, other = (OnnxModel(p).net.patches(x) for p in (whole, path))
+    np.testing.assert_allclose(other[0], one[0], atol=0.05)
+    np.testing.assert_allclose(other[1], one[1], rtol=0.05)
+
+
 def test_any_number_of_patches_and_any_mosaic_fit(exported) -> None:
     path, _ = exported
     net = OnnxModel(path).net

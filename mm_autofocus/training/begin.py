@@ -161,9 +161,10 @@ def _exported(path: Path) -> dict[str, Any]:
     )
     net = build_net(card.architecture, context, options).eval()
     graph = onnx.load(path).graph
-    known = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    for node in graph.node:  # weights that two paths share stand there once
-        if node.op_type == "Identity" and node.input[0] in known:
+    known = {t.name: _as_read(numpy_helper.to_array(t)) for t in graph.initializer}
+    for node in graph.node:
+        # weights that two paths share stand there once, large ones perhaps in 16 bits
+        if node.op_type in ("Identity", "Cast") and node.input[0] in known:
             known[node.output[0]] = known[node.input[0]]
     values = {k: known[f"net.{k}"] for k in net.state_dict() if f"net.{k}" in known}
     values |= _usual(net, graph, known)
@@ -185,6 +186,10 @@ def _exported(path: Path) -> dict[str, Any]:
         "context": context.model_dump(mode="json"),
         "weights": weights,
     }
+
+
+def _as_read(weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return weights.astype(np.float32) if weights.dtype == np.float16 else weights
 
 
 def _unfolded(

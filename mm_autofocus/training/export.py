@@ -49,6 +49,7 @@ def export(
     pixel_tolerance: float = 0.1,
     overwrite: bool = False,
     frames: int = _FRAMES,
+    half_weights: bool = False,
 ) -> dict[str, Any]:
     """Export a run.
 
@@ -73,6 +74,9 @@ def export(
     frames : int
         Of the validation part, for the calibration; as many of the training for what is
         usual.
+    half_weights : bool
+        Store large weights in 16 bits: half the size. They are read as 32, so it is as fast,
+        and what rounding changes is in ``parity_um``.
 
     Returns
     -------
@@ -115,7 +119,17 @@ def export(
     finish = finish_refocus if net.task == "refocus" else _finish
     try:
         card, write, parity = finish(
-            net, card, temporary, learned, checked, context, options, run, data, frames
+            net,
+            card,
+            temporary,
+            learned,
+            checked,
+            context,
+            options,
+            run,
+            data,
+            frames,
+            half_weights,
         )
         write(card)
         digest = seal(temporary)
@@ -146,6 +160,7 @@ def _finish(
     run: Path,
     data: Dataset,
     frames: int,
+    half: bool,
 ) -> tuple[ModelCard, Callable[[ModelCard], None], dict[str, float]]:
     """Card with its calibration, how to write the file, and what parity was found.
 
@@ -154,7 +169,7 @@ def _finish(
     InputError
         The graph does not answer as torch does.
     """
-    write_onnx(net, card, path)
+    write_onnx(net, card, path, half=half)
     parity = _parity(net, path, checked, context)
     seen = look_at(OnnxModel(path), checked, frames)
     card = card.model_copy(
@@ -164,15 +179,15 @@ def _finish(
             "metrics": _metrics(data, seen, parity, path),
         }
     )
-    return card, lambda final: write_onnx(net, final, path), {"parity_um": parity}
+    return card, lambda final: write_onnx(net, final, path, half=half), {"parity_um": parity}
 
 
-def write_onnx(net: DefocusNet, card: ModelCard, path: Path) -> None:
+def write_onnx(net: DefocusNet, card: ModelCard, path: Path, *, half: bool = False) -> None:
     """Write a net with its card, not sealed.
 
     One graph: ``patches (N, C, P, P)`` to ``defocus (N,)`` and ``sd (N,)``, and beside it,
     where the card says so, ``mosaic (M, C, H, W)`` to ``importance (M, H / 56, W / 56)``.
-    BatchNorm is folded into the convolutions.
+    BatchNorm is folded into the convolutions. With `half`, large weights are stored in 16 bits.
     """
     import torch
 
@@ -186,7 +201,7 @@ def write_onnx(net: DefocusNet, card: ModelCard, path: Path) -> None:
         outputs.append("importance")
         axes["mosaic"] = {0: "frames", 2: "height", 3: "width"}
         axes["importance"] = {0: "frames", 1: "rows", 2: "columns"}
-    write_graph(_graph(net, card), inputs, names, outputs, axes, card, path)
+    write_graph(_graph(net, card), inputs, names, outputs, axes, card, path, half=half)
 
 
 def _graph(net: DefocusNet, card: ModelCard) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["OPSET", "write_graph"]
 
 OPSET = 17
+_LARGE = 2**16  # numbers: what is smaller saves nothing
 
 
 def write_graph(
@@ -26,6 +28,8 @@ def write_graph(
     axes: dict[str, dict[int, str]],
     card: ModelCard,
     path: Path,
+    *,
+    half: bool = False,
 ) -> None:
     """Write a module of torch with its card, not sealed.
 
@@ -43,6 +47,8 @@ def write_graph(
         Put into the metadata.
     path : Path
         File to write.
+    half : bool
+        Store large weights in 16 bits, to be read as 32.
     """
     import onnx
     import torch
@@ -62,8 +68,29 @@ def write_graph(
             dynamo=False,
         )
     model = onnx.load_from_string(buffer.getvalue())
+    if half:
+        _halve(model.graph)
     model.producer_name = "mm_autofocus"
     entry = model.metadata_props.add()
     entry.key, entry.value = KEY, card.to_json()
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
+
+
+def _halve(graph: Any) -> None:
+    """Round large weights to 16 bits; a Cast, which the run time folds, makes them 32 again."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    wide: dict[str, str] = {}
+    for weights in graph.initializer:
+        large = len(weights.dims) > 1 and math.prod(weights.dims) >= _LARGE
+        if large and weights.data_type == TensorProto.FLOAT:
+            rounded = numpy_helper.to_array(weights).astype(np.float16)
+            weights.CopyFrom(numpy_helper.from_array(rounded, weights.name))
+            wide[weights.name] = f"{weights.name}:32"
+    for node in graph.node:
+        for k, name in enumerate(node.input):
+            node.input[k] = wide.get(name, name)
+    for name, as_float in reversed(wide.items()):
+        graph.node.insert(0, helper.make_node("Cast", [name], [as_float], to=TensorProto.FLOAT))

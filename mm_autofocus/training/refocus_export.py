@@ -42,6 +42,7 @@ def finish_refocus(
     run: Path,
     data: Dataset,
     frames: int,
+    half: bool,
 ) -> tuple[ModelCard, Callable[[ModelCard], None], dict[str, float]]:
     """Card with its calibration, how to write the file, and what parity was found.
 
@@ -58,7 +59,7 @@ def finish_refocus(
         multiple=net.multiple,
     )
     card = card.model_copy(update={"shots": shots})
-    write_refocus(net, card, path)
+    write_refocus(net, card, path, half=half)
     model = RefocusModel(path)
     truths = Truths(checked, options.pairs.truth, run / "fusion")
     looked_at = validation_pairs(
@@ -89,10 +90,10 @@ def finish_refocus(
             "metrics": metrics,
         }
     )
-    return card, lambda final: write_refocus(net, final, path), {"parity": parity}
+    return card, lambda final: write_refocus(net, final, path, half=half), {"parity": parity}
 
 
-def write_refocus(net: RefocusNet, card: ModelCard, path: Path) -> None:
+def write_refocus(net: RefocusNet, card: ModelCard, path: Path, *, half: bool = False) -> None:
     """Write a net with its card, not sealed; see `mm_autofocus.models.card_parts.Shots`."""
     import torch
     from torch import Tensor, nn
@@ -116,7 +117,9 @@ def write_refocus(net: RefocusNet, card: ModelCard, path: Path) -> None:
     axes |= {n: {0: "frames", 1: "rows", 2: "columns"} for n in outputs[1:]}
     axes |= {"side": {0: "frames"}, "half_um": {0: "frames"}}
     names = ["shots", "side", "half_um"]
-    write_graph(Graph().eval().float().cpu(), inputs, names, outputs, axes, card, path)
+    write_graph(
+        Graph().eval().float().cpu(), inputs, names, outputs, axes, card, path, half=half
+    )
 
 
 def _parity(
