@@ -10,8 +10,6 @@ goes on where it was interrupted. The data stay in FOLDER (some 9 MB a stack).
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 from _training_stacks import (
     OTHER_PICTURES,
     THEORY,
@@ -58,31 +56,35 @@ TRAIN = {
     "augment.saturation": [0.8, 1.25],
     "epochs": 1000,  # the minutes end it
 }
-# Spectra beside what convolutions find, of whole patches: first by theory, of 47,000 lenses,
-# then as the stacks have them; noise would drown the ripples that tell of lens and defocus far
-# from focus.
+# Spectra of whole patches tell it all; the convolutions beside them are small. First by theory,
+# of many lenses, then as the stacks have them; noise would drown the ripples that tell of lens
+# and defocus far from focus.
 SPECTRA: dict[str, object] = {
-    "net.spectra": 256,
-    "theory.patches": 1_500_000,
-    "theory.passes": 8,
+    "net.widths": [16, 32],
+    "net.depths": [1, 1],
     **{f"theory.{key}": list(ends) for key, ends in THEORY.items()},
-    "spectra_patches": 70_000,
     "spectra_passes": 10,
     "augment.noise": 0.003,
     "lr": 0.0003,
     "warmup": 0.05,
 }
-Stages: TypeAlias = tuple[tuple[dict[str, object], float], ...]
-# (options, part of the minutes). Of one look convolutions find much, by themselves and on small
-# patches first: twice as many fit into an hour.
-ONE_LOOK: Stages = (
-    ({"train_px": 160, "lr": 0.002, "warmup": 0.1}, 0.45),
-    ({"train_px": 192, "lr": 0.001, "warmup": 0.03}, 0.45),
-    (SPECTRA, 0.1),
-)
-# Between two looks spectra say it all.
-_SMALL = {"net.spectra": 384, "net.widths": [16, 32], "net.depths": [1, 1]}
-TWO_LOOKS: Stages = (({**SPECTRA, **_SMALL}, 0.2),)
+# What one look tells of the lens is little, and takes long to learn.
+ONE_LOOK: dict[str, object] = {
+    **SPECTRA,
+    "net.spectra": 512,
+    "theory.patches": 4_000_000,
+    "theory.passes": 4,
+    "spectra_patches": 180_000,
+}
+# Twice and a half as many numbers of each patch, of which fewer fit into memory.
+TWO_LOOKS: dict[str, object] = {
+    **SPECTRA,
+    "net.spectra": 384,
+    "theory.patches": 1_500_000,
+    "theory.passes": 8,
+    "spectra_patches": 70_000,
+}
+AFTER = 0.2  # of the minutes: to train all together, which patches matter among it
 
 MODELS = {
     "sparsefocus-slide20x": ("0", ONE_LOOK),
@@ -102,13 +104,14 @@ def main() -> None:
         return
     args.output.mkdir(parents=True, exist_ok=True)
     dataset = collect_all(__file__, args.output, args.stacks, args.jobs)
-    for name, (looks, parts) in MODELS.items():
+    for name, (looks, own) in MODELS.items():
         net = ("--model", "sparsefocus", "--looks", looks)
-        stages = [{**TRAIN, **more, "max_minutes": part * args.minutes} for more, part in parts]
-        run = train_stages(args.output, dataset, name, net, stages)
+        stage = {**TRAIN, **own, "max_minutes": AFTER * args.minutes}
+        run = train_stages(args.output, dataset, name, net, [stage])
         model = args.output / f"{name}.onnx"
         licence = ("--licence", "BSD-3-Clause")
-        command("export", run, "-o", model, "--name", name, *licence, "--overwrite")
+        size = ("--half-weights", "--overwrite")
+        command("export", run, "-o", model, "--name", name, *licence, *size)
         report = args.output / f"{name}-evaluation"
         command("evaluate", model, dataset, "-o", report, "--overwrite")
 

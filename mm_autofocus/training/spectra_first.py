@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["gather", "gather_by_theory", "learn", "spectra_first"]
 
+_USUAL = 100_000  # patches that say what spectra usually are
 _READ = 64  # patches whose spectra are computed at a time
 _BATCH, _MANY = 256, 512  # of patches of images, and of theory, of which there are more
 _LR, _FURTHER_LR = 1.5e-3, 7e-4  # of the first lesson, and of one that mends
@@ -77,7 +78,7 @@ def spectra_first(
     if first is None:
         return
     if not net.knows_usual:  # else its weights were learned on what was usual then
-        net.learn_usual(first[0])
+        net.learn_usual(first[0][:_USUAL])
     lr, seed = _LR, options.seed
     if theory is not None:
         learn(net, theory, passes=options.theory.passes, seed=seed, say=say, lr=lr, muon=True)
@@ -99,15 +100,19 @@ def gather_by_theory(
     """
     near = (options.near_share, options.near_um)
     theory = SpectraByTheory(net.context, options.theory, options.seed, near)
-    found, defocus = [], []
+    found, defocus = torch.empty(0), torch.empty(0)
     # nobody computes beside them
     workers = cores() if options.workers is None else options.workers
     for k, (seen, at) in enumerate(DataLoader(theory, batch_size=None, num_workers=workers)):
-        found.append(seen.half().to(device))
-        defocus.append(at.to(device))
+        if not k:  # all at once: to join parts takes twice the memory
+            rows = len(theory) * len(at)
+            found = torch.empty(rows, seen.shape[1], dtype=torch.float16, device=device)
+            defocus = torch.empty(rows, device=device)
+        here = slice(k * len(at), (k + 1) * len(at))
+        found[here], defocus[here] = seen, at
         if k % max(1, len(theory) // 10) == 0:
             say(f"spectra by theory, {k * len(at)} of {len(theory) * len(at)}")
-    return torch.cat(found), torch.cat(defocus)
+    return found, defocus
 
 
 def gather(
