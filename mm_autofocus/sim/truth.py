@@ -156,9 +156,10 @@ def measured_focus_um(
 ) -> float | None:
     """Height of the stage at which the focus measure of the noiseless image is largest.
 
-    It is looked for within ± 4 depths of field of the geometric focus: in steps of two thirds
-    of one, which no peak of the measure fits between, then on either side of the best half as
-    far, and half again, and by a parabola through the best and its neighbours: 17 images.
+    It is looked for within ± 2 depths of field of the geometric focus, and up to ± 4 where the
+    best lies at the end: in steps of two thirds of one, which no peak of the measure fits
+    between, then on either side of the best half as far, and half again, and by a parabola
+    through the best and its neighbours: 11 images, most times.
 
     Parameters
     ----------
@@ -193,7 +194,9 @@ def measured_focus_um(
         seen.update(zip(new, values.tolist(), strict=True))
         return max(seen, key=lambda i: seen[i])
 
-    top = look(range(-24, 25, 4))
+    top = look(range(-12, 13, 4))
+    while abs(top) == max(seen) and max(seen) < 24:
+        top = look((min(seen) - 4, max(seen) + 4))
     for step in (2, 1):
         top = look((top - step, top + step))
     top = min(max(top, -23), 23)  # at the end of the range: the parabola through the last three
