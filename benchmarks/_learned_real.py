@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,7 @@ def _flags(args: argparse.Namespace) -> str:
     words += ["--folds", str(args.folds)] if args.folds else []
     words += ["--init", Path(args.init).name] if args.init else []
     words += [word for pair in args.set for word in ("--set", pair)]
-    return " " + " ".join(words)
+    return " " + shlex.join(words)
 
 
 # ---------------------------------------------------------------------------- brain

@@ -54,7 +54,7 @@ TRAIN = {
     "augment.brightness": [0.9, 1.15],
     "augment.contrast": [0.8, 1.2],
     "augment.saturation": [0.8, 1.25],
-    "epochs": 1000,  # the minutes end it
+    "epochs": 1000,  # the minutes end it: all together, which patches matter among it
 }
 # Spectra of whole patches tell it all; the convolutions beside them are small. First by theory,
 # of many lenses, then as the stacks have them; noise would drown the ripples that tell of lens
@@ -84,7 +84,6 @@ TWO_LOOKS: dict[str, object] = {
     "theory.passes": 8,
     "spectra_patches": 70_000,
 }
-AFTER = 0.2  # of the minutes: to train all together, which patches matter among it
 
 MODELS = {
     "sparsefocus-slide20x": ("0", ONE_LOOK),
@@ -95,9 +94,7 @@ MODELS = {
 
 
 def main() -> None:
-    args = arguments(
-        __doc__.splitlines()[0], stacks=5000, minutes=240, size="some 9 MB a stack"
-    )
+    args = arguments(__doc__.splitlines()[0], stacks=5000, minutes=48, size="some 9 MB a stack")
     if args.job is not None:
         folder = args.output / f"share{args.job}"
         collect_share(RECIPE, folder, args.stacks, args.job, args.jobs)
@@ -106,7 +103,7 @@ def main() -> None:
     dataset = collect_all(__file__, args.output, args.stacks, args.jobs)
     for name, (looks, own) in MODELS.items():
         net = ("--model", "sparsefocus", "--looks", looks)
-        stage = {**TRAIN, **own, "max_minutes": AFTER * args.minutes}
+        stage = {**TRAIN, **own, "max_minutes": args.minutes}
         run = train_stages(args.output, dataset, name, net, [stage])
         model = args.output / f"{name}.onnx"
         licence = ("--licence", "BSD-3-Clause")

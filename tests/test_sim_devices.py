@@ -358,6 +358,47 @@ def test_the_measured_truth_is_where_looks_are_sharpest(make_scope):
     assert abs(z[int(np.argmax(sharp))] - best) <= 0.5
 
 
+def searched_everywhere(scope, view) -> float:
+    """Focus by the measure at all 49 heights within ± 4 depths of field."""
+    grid = view.dof_um / 6
+    z = truth.geometric_focus_um(scope, view=view) + grid * np.arange(-24, 25)
+    curve = truth.focus_curve(scope, z, view=view)
+    k = int(np.clip(curve.argmax(), 1, 47))
+    a, b, c = curve[k - 1 : k + 2]
+    return z[k] + grid * 0.5 * (a - c) / (a - 2 * b + c)
+
+
+@pytest.mark.parametrize("kind", ["tissue", "smear"])
+@pytest.mark.parametrize("sparsity", ["dense", "sparse"])
+def test_the_measured_truth_is_that_of_a_search_everywhere(make_scope, kind, sparsity):
+    scope = truth.microscope_of(make_scope(Slide__kind=kind))
+    side = 256 * 0.325
+    ((x, y),) = scope.slide.find_fields(sparsity, 1, (side, side))
+    view = scope.view(x, y)
+    found = truth.measured_focus_um(scope, view=view)
+    assert found == pytest.approx(searched_everywhere(scope, view), abs=1e-9)
+
+
+@pytest.mark.parametrize("offset_dof", [-3.9, -2.5, -2.0, -0.7, 0.0, 0.4, 1.9, 2.1, 3.6])
+def test_a_peak_far_from_the_geometric_focus_is_found_with_few_images(
+    make_scope, monkeypatch, offset_dof
+):
+    scope = truth.microscope_of(make_scope())
+    view = truth.present_view(scope)
+    middle, looks = truth.geometric_focus_um(scope, view=view), []
+
+    def curve(scope, z_um, *, view, measure):
+        looks.extend(z_um)
+        # as narrow as a focus curve is: half the height at one depth of field
+        return 2.0 ** -(((z_um - middle) / view.dof_um - offset_dof) ** 2)
+
+    monkeypatch.setattr(truth, "focus_curve", curve)
+    found = truth.measured_focus_um(scope, view=view)
+    assert found == pytest.approx(middle + offset_dof * view.dof_um, abs=0.01)
+    # beyond 5/3 the end of the first range, at 2, is the best of it
+    assert len(looks) == len(set(looks)) <= (11 if abs(offset_dof) < 5 / 3 else 17)
+
+
 def test_a_blank_field_has_no_focus_by_measure(core):
     scope = truth.microscope_of(core)
     x, y = scope.slide.find_fields("blank", 1, (200.0, 200.0), start=(1500.0, 1300.0))[0]

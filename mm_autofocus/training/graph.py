@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mm_autofocus.models.card import KEY
 
 if TYPE_CHECKING:
@@ -79,7 +81,6 @@ def write_graph(
 
 def _halve(graph: Any) -> None:
     """Round large weights to 16 bits; a Cast, which the run time folds, makes them 32 again."""
-    import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
     wide: dict[str, str] = {}

@@ -1,10 +1,9 @@
 """Muon, for processors.
 
-`torch.optim.Muon` makes the whole of a matrix orthogonal, in bfloat16. Of the matrices that
-read spectra (384 × 384 and more) that takes ten times as long as all else of a step on a core
-that does not know bfloat16. In blocks of rows, each by itself, it costs a fraction, and they
-learn as well (block-wise orthogonalisation is how matrices divided among devices are taught;
-Khaled et al., 2025, "MuonBP").
+`torch.optim.Muon` makes the whole of a matrix orthogonal, in bfloat16: for the matrices that
+read spectra, on a core that does not know bfloat16, the most of a step. In blocks of rows, each
+by itself, it costs a fraction, and they learn as well (`benchmarks/muon_cost.py`). Matrices
+divided among devices are taught so in most of their steps (Khaled et al., 2025, "MuonBP").
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Of the same shape, singular values between 0.7 and 1.2.
+        Of the same shape, singular values between about 0.7 and 1.2, but for those that were
+        some hundred times smaller than the largest, and remain small.
     """
     a, b, c = _QUINTIC
     x: Tensor = matrix / (matrix.norm() + _TINY)
@@ -91,7 +91,10 @@ class BlockMuon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                kept = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                kept = state["momentum_buffer"]
                 kept.lerp_(p.grad, 1 - momentum)
                 ahead = p.grad.lerp(kept, momentum)
                 step = torch.cat([orthogonal(rows) for rows in ahead.split(_ROWS)])
