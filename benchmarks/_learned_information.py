@@ -95,9 +95,13 @@ def run(args: argparse.Namespace) -> str:
             bounds = [_bound(looks, d, filled, patches) for d in AT_UM]
             cells = [f"{free:.2f} ({known:.2f})" for free, known in bounds]
             # of a normal error; the distances stand for the whole range
-            mean = math.sqrt(2 / math.pi) * np.mean([free for free, _ in bounds])
-            share = np.mean([math.erf(DOF_UM / free / math.sqrt(2)) for free, _ in bounds])
-            cells += [f"{mean:.2f}", f"{share:.1%}".replace("%", " %")]
+            sds = [np.array(sd) for sd in zip(*bounds, strict=True)]
+            means = [math.sqrt(2 / math.pi) * sd.mean() for sd in sds]
+            shares = [np.mean([math.erf(DOF_UM / s / math.sqrt(2)) for s in sd]) for sd in sds]
+            cells += [
+                "{:.2f} ({:.2f})".format(*means),
+                "{:.1%} ({:.1%})".format(*shares).replace("%", " %"),
+            ]
             lines.append(f"| {name} | {field} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     return "\n".join(lines)

@@ -21,6 +21,7 @@ import skimage
 import useq
 from mm_autofocus.config import close_core, open_core
 from mm_autofocus.errors import InputError
+from mm_autofocus.models.lens import LENS_NAMES
 from mm_autofocus.sim import draws
 from mm_autofocus.sim.draws import TRAINING_SEEDS, draw
 from mm_autofocus.sim.microscope import Microscope
@@ -30,12 +31,10 @@ from mm_autofocus.training.dataset import read_meta
 
 PIXEL_UM = 0.325
 OPTICS = {"na": 0.75, "magnification": 20}
-_LENS = ("sigma", "spherical_waves", "astigmatism_waves", "axial_colour_um")
-# what theory draws from (`training.options.TheoryOptions`): that of which stacks are drawn
-THEORY = {
-    **{key: draws.OPTICS[key] for key in _LENS},
-    "thickness_um": draws.SLIDE["thickness_um"],
-}
+# what a net may be told of, and what theory draws from (`training.options.TheoryOptions`):
+# that of which stacks are drawn
+LENS = {key: draws.OPTICS[key] for key in LENS_NAMES}
+THEORY = {**LENS, "thickness_um": draws.SLIDE["thickness_um"]}
 
 # Real pictures that come with scikit-image: one of tissue, and some that are none, as
 # textures that the generators of the slide do not make.
@@ -137,7 +136,8 @@ def collect_share(recipe: Recipe, folder: Path, stacks: int, job: int, jobs: int
                 return
             rng = np.random.default_rng([seed, 5])
             kind, picture = kind_of(rng, recipe.pictures)
-            draw(seed, kind, picture=picture).apply(scope)
+            drawn = draw(seed, kind, picture=picture)
+            drawn.apply(scope)
             px = large if rng.uniform() < recipe.large else small
             core.setProperty("Camera", "sensor", f"{px}x{px}")
             slide = f"{kind}-{seed}"
@@ -147,7 +147,11 @@ def collect_share(recipe: Recipe, folder: Path, stacks: int, job: int, jobs: int
                     stage_positions=fields,
                     z_plan=useq.ZRelativePositions(relative=list(recipe.planes_um)),
                 )
-                collect(plan, core, folder, slide=slide, optics=OPTICS, simulated=True)
+                known_of = {"sigma": drawn.optics.sigma, **drawn.optics.aberrations}
+                lens = {name: known_of[name] for name in LENS_NAMES}
+                collect(
+                    plan, core, folder, slide=slide, optics=OPTICS, lens=lens, simulated=True
+                )
             done += len(fields)
             print(f"job {job}: slide {slide}, {done} stacks", flush=True)
     finally:

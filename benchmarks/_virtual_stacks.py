@@ -12,16 +12,19 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from mm_autofocus.errors import InputError
+from mm_autofocus.measure import FocusMeasure
 from mm_autofocus.sim.draws import BENCHMARK_SEEDS, Draw, draw
 from mm_autofocus.sim.microscope import SENSORS, Microscope
 from mm_autofocus.sim.render import View
 from mm_autofocus.sim.slide import SlideSettings, Sparsity, load_picture
 from mm_autofocus.sim.truth import measured_focus_um
+from mm_autofocus.training.label import StackMeter
 from mm_autofocus.types import Optics
 
 CLASSES: tuple[Sparsity, ...] = ("dense", "sparse", "extremely-sparse")
@@ -30,6 +33,9 @@ PICTURES = ("tiatoolbox_target_image.png", "tcgafocus_32381_sharp.png")
 SPACING = 20
 QUALITY = "standard"
 PIXEL_UM = 0.325
+# every 1 µm about focus, every 2 µm as far as the nets reach
+CALIBRATION_UM = tuple(float(z) for z in sorted({*range(-26, 27, 2), *range(-6, 7)}))
+_CALIBRATED = 50_000  # from the seed of a place to that of the slide for its calibration
 DOF_UM = 0.98
 
 Made = TypeVar("Made")
@@ -76,12 +82,18 @@ class VirtualStack:
         Edge of the frame in pixels.
     folder : Path | None
         Where rendered frames are kept.
+    under : Place | None
+        The place under whose lens, lamp and camera this one is brought; None: its own.
+    which : int
+        Of the fields of this kind on the slide.
     """
 
     place: Place
     z_um: Sequence[float]
     side: int
     folder: Path | None = None
+    under: Place | None = None
+    which: int = 0
     truth: Mapping[str, Any] | None = None
     bit_depth: int = 8
     dtype: str = "uint8"
@@ -127,12 +139,13 @@ class VirtualStack:
         return self._frames
 
     def _key(self) -> str:
-        drawn = draw(self.place.seed, self.place.kind, picture=self.place.picture).to_json()
+        drawn = drawn_at(self.place, self.under).to_json()
         facts = [drawn, self.place.sparsity, list(self.z_um), self.side, QUALITY, 2]
+        facts += [self.which] if self.which else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
     def _render(self) -> np.ndarray:
-        found = open_place(self.place, self.side)
+        found = open_place(self.place, self.side, under=self.under, which=self.which)
         out = np.empty(self.shape, np.uint8)
         for k, z in enumerate(self.z_um):
             out[k] = found.frame(z, k)
@@ -161,9 +174,20 @@ class OpenPlace:
         )
 
 
-def open_place(place: Place, side: int) -> OpenPlace:
-    """Find the field and its focus; InputError if the slide has no such field."""
+def drawn_at(place: Place, under: Place | None = None) -> Draw:
+    """What is drawn for a place; the microscope that of another, if one is named."""
     drawn = draw(place.seed, place.kind, picture=place.picture)
+    if under is None:
+        return drawn
+    scope = draw(under.seed, under.kind, picture=under.picture)
+    return replace(drawn, optics=scope.optics, camera=scope.camera, dose=scope.dose)
+
+
+def open_place(
+    place: Place, side: int, *, under: Place | None = None, which: int = 0
+) -> OpenPlace:
+    """Find the field and its focus; InputError if the slide has no such field."""
+    drawn = drawn_at(place, under)
     scope = Microscope()
     scope.sensor = f"{side}x{side}"
     scope.set_quality(QUALITY)
@@ -172,7 +196,7 @@ def open_place(place: Place, side: int) -> OpenPlace:
     # Pictures are repeated in mirrored tiles: begin in the middle of one.
     picture = place.kind == "picture"
     middle = _middle_um(scope.slide_settings) if picture else (0.0, 0.0)
-    ((x, y),) = scope.slide.find_fields(place.sparsity, 1, field_um, start=middle)
+    x, y = scope.slide.find_fields(place.sparsity, which + 1, field_um, start=middle)[which]
     view = scope.view(x, y)
     focus = measured_focus_um(scope, view=view)
     if focus is None:
@@ -223,6 +247,53 @@ def first_of(candidates: Iterable[Place], make: Callable[[Place], Made]) -> Made
         except InputError as e:
             why = e
     raise why
+
+
+def calibration_stacks(
+    place: Place, *, side: int, textures: Path, cache: Path | None = None
+) -> list[VirtualStack]:
+    """What a user would take to calibrate the microscope of a place.
+
+    Stacks of two dense fields of a slide that no benchmark judges, under the lens and in front
+    of the camera of that place; `defocus_um` is by the label that `collect` would give them.
+    """
+    kinds = [(p.kind, p.picture) for p in places(4, textures)[:: len(CLASSES)]]
+    number = BENCHMARK_SEEDS.index(place.seed)
+    kind, picture = kinds[number % len(kinds)]
+    other = Place(BENCHMARK_SEEDS[number + _CALIBRATED], kind, picture, "dense")
+
+    def both(candidate: Place) -> list[VirtualStack]:
+        found = [
+            LabelledStack(candidate, CALIBRATION_UM, side, cache, under=place, which=which)
+            for which in range(2)
+        ]
+        for stack in found:
+            stack.load()
+            if stack.label is None:
+                raise InputError(f"{stack.group}: the field has no label")
+        return list(found)
+
+    return first_of(next(tried([other])), both)
+
+
+@dataclass
+class LabelledStack(VirtualStack):
+    """A stack whose focus is known by its frames, as that of a recorded one."""
+
+    @property
+    def group(self) -> str:
+        return f"{super().group}/{self.which}"
+
+    @cached_property
+    def label(self) -> float | None:
+        meter = StackMeter(FocusMeasure())
+        for z_um, frame in self.planes():
+            meter.add(z_um, frame)
+        return meter.label().focus_z_um
+
+    @property
+    def defocus_um(self) -> np.ndarray:
+        return np.asarray(self.z_um, float) - (self.label or 0.0)
 
 
 def _loaded(place: Place, z: list[float], side: int, cache: Path | None) -> VirtualStack:

@@ -11,6 +11,7 @@ goes on where it was interrupted. The data stay in FOLDER (some 9 MB a stack).
 from __future__ import annotations
 
 from _training_stacks import (
+    LENS,
     OTHER_PICTURES,
     THEORY,
     Recipe,
@@ -68,12 +69,14 @@ SPECTRA: dict[str, object] = {
     "lr": 0.0003,
     "warmup": 0.05,
 }
-# What one look tells of the lens is little, and takes long to learn.
+# What one look tells of the lens is little, and takes long to learn; six in ten patches come
+# with the lens told.
 ONE_LOOK: dict[str, object] = {
     **SPECTRA,
     "net.spectra": 512,
-    "theory.patches": 4_000_000,
-    "theory.passes": 4,
+    "net.lens": {key: list(ends) for key, ends in LENS.items()},
+    "theory.patches": 5_000_000,
+    "theory.passes": 8,
     "spectra_patches": 180_000,
 }
 # Twice and a half as many numbers of each patch, of which fewer fit into memory.

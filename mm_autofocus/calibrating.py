@@ -16,6 +16,7 @@ from mm_autofocus.hooks.checks import check_looks, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.rig import CoreRig, faults_of
 from mm_autofocus.measure import FocusMeasure
+from mm_autofocus.models.importing import load_model
 from mm_autofocus.plan import load_plan, settings_of
 from mm_autofocus.settings import AutofocusSettings, parse_settings
 from mm_autofocus.settings_file import check_new_file, write_text
@@ -25,6 +26,7 @@ from mm_autofocus.training.calibration_page import calibration_page
 from mm_autofocus.training.collect import Collection
 from mm_autofocus.training.dataset import Dataset
 from mm_autofocus.training.focus_curves import SHARE
+from mm_autofocus.training.lens_fit import LensFit, fit_to, lens_model
 from mm_autofocus.training.recommend import Recommendation, recommend
 from mm_autofocus.training.stage_play import StagePlay, StageSweeps, play_of
 
@@ -57,6 +59,10 @@ class Calibration:
         How to focus.
     settings_file : Path | None
         Where that was written to.
+    lens : LensFit | None
+        What a model was told of the lens.
+    lens_file : Path | None
+        The copy of the model that holds it; None: it is no better by it.
     """
 
     dataset: Path | None
@@ -65,6 +71,8 @@ class Calibration:
     stage_reason: str
     recommended: Recommendation
     settings_file: Path | None = None
+    lens: LensFit | None = None
+    lens_file: Path | None = None
 
     @property
     def exit_code(self) -> int:
@@ -79,6 +87,8 @@ class Calibration:
             "dataset": None if self.dataset is None else str(self.dataset),
             "images": None if self.images is None else self.images.to_json(),
             "stage": {**stage, "reason": self.stage_reason},
+            "lens": None if self.lens is None else self.lens.to_json(),
+            "model": None if self.lens_file is None else str(self.lens_file),
             "recommended": self.recommended.to_json(),
             "settings_file": None if self.settings_file is None else str(self.settings_file),
         }
@@ -93,6 +103,8 @@ class Calibration:
             b, r = self.stage.backlash, self.stage.repeatability
             yield f"backlash      {b.um:.2f} µm ({b.low_um:.2f} … {b.high_um:.2f})"
             yield f"repeatability {r.um:.2f} µm ({r.low_um:.2f} … {r.high_um:.2f})"
+        if self.lens is not None:
+            yield from _lens_lines(self.lens, self.lens_file)
         best = self.recommended
         looks = best.looks_um
         at = "" if looks is None else f", looks at [{', '.join(f'{x:g}' for x in looks)}] µm"
@@ -115,6 +127,7 @@ def calibrate_microscope(
     report: Path | None = None,
     overwrite: bool = False,
     model: str | None = None,
+    fit_lens: Path | None = None,
     sets: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -142,10 +155,13 @@ def calibrate_microscope(
         Whether these may be replaced.
     model : str, optional
         A trained model to be used in the settings.
+    fit_lens : path, optional
+        ``*.onnx`` for a copy of that model that is told of the lens which the stacks show: see
+        `mm_autofocus.training.lens_fit`. It takes the model's place in the settings.
     sets : mapping, optional
         Settings: limits, channel, exposure, optics.
     seed : int, optional
-        Of the sign test.
+        Of the sign test, and of the fit.
     progress : callable, optional
         Is told what comes next.
     as_json, debug : bool, optional
@@ -158,17 +174,7 @@ def calibrate_microscope(
     HardwareError
         A device failed.
     """
-    if plan is not None and (config is None or dataset is None):
-        missing = "a microscope with --config" if config is None else "the dataset to write"
-        raise InputError(f"--plan: {plan}: needs {missing}")
-    if dataset is None and config is None:
-        raise InputError("calibrate: name a dataset, or a microscope with --config, or both")
-    if output is not None:
-        check_new_file(output, overwrite=overwrite, kinds=(".yaml", ".yml"))
-    if report is not None:
-        check_new_file(report, overwrite=overwrite, kinds=(".html", ".htm"))
-        if dataset is None:
-            raise InputError(f"--report: {report}: a report needs the stacks of a dataset")
+    _check_asked(dataset, config, plan, output, report, model, fit_lens, overwrite=overwrite)
     settings = parse_settings(sets, where="--set")
     say = progress or (lambda _: None)
     stage, reason, data = None, _NOT_RECORDED, None
@@ -193,14 +199,53 @@ def calibrate_microscope(
         finally:
             close_core(core)
     images = None if data is None else calibrate(data, seed=seed, progress=progress)
-    recommended = recommend(images, stage, given=sets, model=model)
+    lens, lens_file = None, None
+    if fit_lens is not None and model is not None and data is not None:
+        lens, lens_file = fit_to(model, data, fit_lens, seed=seed, progress=say)
+        model = model if lens_file is None else str(lens_file)
+    tried = None
+    if lens_file is not None and lens is not None:
+        worth = f"off by {lens.mae_um:.2f} µm on fields that its lens was not found by"
+        tried = (load_model(lens_file).card, worth)
+    recommended = recommend(images, stage, given=sets, model=model, tried=tried)
     if output is not None:
         write_text(output, recommended.text())
     path = None if data is None else data.path
-    done = Calibration(path, images, stage, reason, recommended, output)
+    done = Calibration(path, images, stage, reason, recommended, output, lens, lens_file)
     if report is not None and images is not None:
         write_text(report, calibration_page(images, list(done.lines()), recommended.text()))
     return done
+
+
+def _check_asked(
+    dataset: Path | None,
+    config: str | None,
+    plan: Path | None,
+    output: Path | None,
+    report: Path | None,
+    model: str | None,
+    fit_lens: Path | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Refuse what cannot be done before anything is."""
+    if plan is not None and (config is None or dataset is None):
+        missing = "a microscope with --config" if config is None else "the dataset to write"
+        raise InputError(f"--plan: {plan}: needs {missing}")
+    if dataset is None and config is None:
+        raise InputError("calibrate: name a dataset, or a microscope with --config, or both")
+    if output is not None:
+        check_new_file(output, overwrite=overwrite, kinds=(".yaml", ".yml"))
+    if report is not None:
+        check_new_file(report, overwrite=overwrite, kinds=(".html", ".htm"))
+        if dataset is None:
+            raise InputError(f"--report: {report}: a report needs the stacks of a dataset")
+    if fit_lens is not None:
+        check_new_file(fit_lens, overwrite=overwrite, kinds=(".onnx",))
+        if model is None or dataset is None:
+            missing = "a model with --model" if model is None else "the stacks of a dataset"
+            raise InputError(f"--fit-lens: {fit_lens}: needs {missing}")
+        lens_model(model)
 
 
 def measure_stage(
@@ -309,6 +354,19 @@ def _xy_restored(core: Any) -> Iterator[None]:
             if tuple(core.getXYPosition()) != (x, y):
                 core.setXYPosition(x, y)
                 core.waitForDevice(stage)
+
+
+def _lens_lines(lens: LensFit, file: Path | None) -> Iterator[str]:
+    told = ", ".join(f"{name} {value:.2g}" for name, value in lens.values.items())
+    yield f"lens          {told}"
+    yield (
+        f"model         off by {lens.mae_um:.2f} µm where it is told of the lens, "
+        f"{lens.mae_before_um:.2f} µm where not ({lens.frames} frames of {lens.fields} fields, "
+        "each by a lens found on others)"
+    )
+    yield (
+        f"              {file}" if file is not None else "              no better: not written"
+    )
 
 
 def _image_lines(images: Images) -> Iterator[str]:

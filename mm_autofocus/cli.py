@@ -523,6 +523,10 @@ def calibrate(
     model: Annotated[
         str | None, typer.Option(help="A trained model, to be named in the settings.")
     ] = None,
+    fit_lens: Annotated[
+        Path | None,
+        typer.Option(help="*.onnx: a copy of --model, told of the lens that the stacks show."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the test of the sign.")] = 0,
     set_: Sets = None,
     overwrite: Overwrite = False,
@@ -540,6 +544,7 @@ def calibrate(
         report=report,
         overwrite=overwrite,
         model=model,
+        fit_lens=fit_lens,
         sets=parse_sets(set_),
         seed=seed,
         progress=lambda what: None if json_ else typer.echo(f"{what} …", err=True),

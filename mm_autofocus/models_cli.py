@@ -404,6 +404,7 @@ def _card_table(card: ModelCard, size: int | None) -> Any:
         "pixel size": f"{_known(card.pixel_size_um)} µm ± {100 * card.pixel_tolerance:g} %"
         f"{scaled}",
         "objective": f"{_known(card.magnification)} × / {_known(card.na)}",
+        "lens": _lens(card),
         "depth of field": f"{_known(card.dof_um)} µm",
         "trained range": f"{low:+g} … {high:+g} µm",
         "unlikeness score": "none" if card.ood is None else "of every frame",
@@ -417,6 +418,17 @@ def _card_table(card: ModelCard, size: int | None) -> Any:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             table.add_row(f"{name}: {key}", text)
     return table
+
+
+def _lens(card: ModelCard) -> str:
+    """What the model knows of the lens."""
+    if card.lens is None:
+        return "not asked for"
+    if card.lens.values is None:
+        return "not known; calibrate --fit-lens finds it"
+    values = ", ".join(f"{name} {value:.3g}" for name, value in card.lens.values.items())
+    facts = "".join(f"; {key} {value}" for key, value in card.lens.fitted.items())
+    return f"{values}{facts}"
 
 
 def _size(model: FocusModel | RefocusModel) -> int | None:

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
 from mm_autofocus.errors import InputError  # noqa: E402
-from mm_autofocus.models.card import Importance, ModelCard, Shots  # noqa: E402
+from mm_autofocus.models.card import Importance, LensInput, ModelCard, Shots  # noqa: E402
 from mm_autofocus.models.importing import shipped_models  # noqa: E402
 from mm_autofocus.models.nets import NETS, build_net  # noqa: E402
 from mm_autofocus.models.nets.base import NetContext  # noqa: E402
@@ -30,6 +30,10 @@ FOCUS = {
     "sparsefocus": {"widths": (8, 16), "depths": (1, 1), "rin_widths": (4, 4, 8)},
     "sparsefocus, spectra": {
         "widths": (8,), "depths": (1,), "rin_widths": (4, 4, 8), "spectra": 8,
+    },
+    "sparsefocus, lens": {
+        "widths": (8,), "depths": (1,), "rin_widths": (4, 4, 8), "spectra": 8,
+        "lens": {"sigma": (0.3, 0.9)},
     },
     "pg-dcn": {"widths": (8, 16), "depths": (1, 1)},
     "resnet": {"width": 8},
@@ -74,6 +78,7 @@ def made(label: str):
         z_range_um=context.range_um,
         na=context.na,
         pixel_size_um=context.pixel_size_um,
+        lens=LensInput(ranges=options["lens"]) if "lens" in options else None,
         importance=Importance() if getattr(net, "rin", None) is not None else None,
         shots=None
         if defocus
@@ -96,7 +101,8 @@ def asked(net, card: ModelCard):
         if card.task == "refocus":
             out = net(torch.rand(2, card.planes, px, px), torch.ones(2), torch.ones(2))
             return [out.image, out.toward, out.log_sd]
-        out = net(torch.rand(3, card.planes, px, px))
+        told = [] if card.lens is None else [torch.tensor([[-0.5, 1.0]])]
+        out = net(torch.rand(3, card.planes, px, px), *told)
         rin = [net.rin(torch.rand(1, card.planes, 112, 56))] if card.importance else []
         return [out.defocus, out.log_sd, *rin]
 

@@ -28,7 +28,7 @@ def test_the_commands_run_in_their_order(
 ) -> None:
     shutil.copytree(PLANS, tmp_path / "acquisition_plans")
     monkeypatch.chdir(tmp_path)
-    names = ("run: commands", "run: recover", "run: learn")
+    names = ("run: commands", "run: recover", "run: learn", "run: lens")
     lines = [line for name in names for line in block(name).splitlines()]
     for line in lines:
         if line.startswith("#"):
@@ -46,6 +46,12 @@ def test_the_commands_run_in_their_order(
     assert (tmp_path / "evaluation" / "report.html").is_file()
     assert (tmp_path / "fused.ome.tiff").is_file()
     assert (tmp_path / "refocus.onnx").is_file()
+    assert (
+        yaml.safe_load((tmp_path / "mine.yaml").read_text(encoding="utf-8"))["metadata"][
+            "mm_autofocus"
+        ]["model"]
+        == "mine.onnx"
+    )
     assert "3 searches, 0 to distrust" in capsys.readouterr().out
 
 

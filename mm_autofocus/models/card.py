@@ -23,6 +23,7 @@ from mm_autofocus.models.card_parts import (
     ErrorModel,
     Floats,
     Importance,
+    LensInput,
     NonNegative,
     Normalisation,
     Outputs,
@@ -45,6 +46,7 @@ __all__ = [
     "UNSEALED",
     "ErrorModel",
     "Importance",
+    "LensInput",
     "ModelCard",
     "Normalisation",
     "Outputs",
@@ -86,6 +88,8 @@ class ModelCard(Strict):
         Edge of a patch.
     inputs, normalisation, outputs, importance, error
         See the classes. No importance: every patch with content is looked at.
+    lens : LensInput | None
+        What the net may be told of the lens; None: nothing.
     pixel_size_um : float | None
         Of the frames it was trained on, in the specimen.
     pixel_tolerance : float
@@ -124,6 +128,7 @@ class ModelCard(Strict):
     normalisation: Normalisation = Field(default_factory=Normalisation)
     outputs: Outputs = Field(default_factory=Outputs)
     importance: Importance | None = None
+    lens: LensInput | None = None
     pixel_size_um: Positive | None = None
     pixel_tolerance: NonNegative = 0.1
     may_rescale: bool = False

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from mm_autofocus.models.lens import LENS_NAMES, code_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = [
     "Count",
     "ErrorModel",
     "Floats",
     "Importance",
+    "LensInput",
     "NonNegative",
     "Normalisation",
     "Outputs",
@@ -175,6 +182,44 @@ class Importance(Strict):
     output: str = "importance"
     threshold: Share = 0.8
     k: TopK = Field(default_factory=TopK)
+
+
+class LensInput(Strict):
+    """What the net may be told of the lens, see `mm_autofocus.models.lens`.
+
+    Attributes
+    ----------
+    input : str
+        Its name in the graph, ``(1, numbers)``; what it is where nothing is given, the graph
+        holds itself.
+    ranges : dict
+        Names of `mm_autofocus.models.lens.LENS_NAMES` with the ranges that the net was taught.
+    values : dict | None
+        What the graph holds; None: nothing is known.
+    fitted : dict
+        For which model and by which stacks these were found, and what they are worth.
+    """
+
+    input: str = "lens"
+    ranges: dict[str, Annotated[tuple[float, float], Field(strict=False)]]
+    values: dict[str, float] | None = None
+    fitted: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("ranges")
+    @classmethod
+    def _known(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        for name, (low, high) in value.items():
+            if name not in LENS_NAMES:
+                raise ValueError(
+                    f"ranges: {name!r} is unknown; allowed: {', '.join(LENS_NAMES)}"
+                )
+            if not low < high:
+                raise ValueError(f"ranges: {name}: {low:g} is not below {high:g}")
+        return value
+
+    def code(self) -> npt.NDArray[np.float32]:
+        """What the graph holds, ``(numbers,)`` float32."""
+        return code_of(self.ranges, self.values)
 
 
 class ErrorModel(Strict):

@@ -179,7 +179,11 @@ class OnnxNet(OnnxFile):
     ----------
     batch : int | None
         Patches per run; None: all at once.
+    lens : numpy.ndarray | None
+        ``(numbers,)`` that the net is told of the lens; None: what the file holds.
     """
+
+    lens: Real | None = None
 
     def patches(self, x: Real) -> tuple[Real, Real | None]:
         """Answers ``(N,)`` and standard deviations for patches ``(N, C, P, P)``."""
@@ -196,6 +200,8 @@ class OnnxNet(OnnxFile):
             feeds = {self._patch_input: part}
             if self._mosaic_input is not None:
                 feeds[self._mosaic_input] = self._no_mosaic
+            if self.lens is not None and self.card.lens is not None:
+                feeds[self.card.lens.input] = self.lens[None]
             out = self._run(names, feeds)
             parts.append(
                 [
@@ -255,6 +261,9 @@ class OnnxNet(OnnxFile):
             "outputs.sd": self._sd,
             "importance.output": None if rule is None else rule.output,
         }
+        if card.lens is not None:
+            own = [i.name for i in self._session.get_overridable_initializers()]
+            self._check_names({"lens.input": card.lens.input}, own, "input with a usual value")
         self._check_names(wanted_in, list(inputs), "input")
         self._check_names(wanted_out, outputs, "output")
         if unknown := set(inputs) - set(wanted_in.values()):

@@ -286,6 +286,26 @@ class OnnxModel(_PatchModel):
         self.net = OnnxNet(source, card, providers=providers, threads=threads)
         self.card = self.net.card
 
+    def content_patches(
+        self, images: Sequence[Image], most: int, *, max_value: float | None = None
+    ) -> Real:
+        """Patches that it would look at, ``(N, looks · channels, P, P)``, as the net sees them.
+
+        Parameters
+        ----------
+        images : sequence of numpy.ndarray
+            The looks, as for `predict`.
+        most : int
+            How many; the most important ones.
+        max_value : float | None
+            Value at which the camera saturates.
+        """
+        frames = prepare(self.card, images, max_value=max_value)
+        worth, threshold = self._worth(frames.mosaic(), frames.max_value)
+        k = None if self.card.importance is None else self.card.importance.k
+        cells, _, _ = consensus.choose(worth, threshold, k)
+        return normalise(self.card, frames.cut(cells[:most]), frames.max_value)
+
     def _patches(self, x: Real) -> tuple[Real, Real | None]:
         return self.net.patches(x)
 

@@ -25,8 +25,10 @@ from mm_autofocus.errors import InputError
 from mm_autofocus.hooks.checks import check_plan
 from mm_autofocus.hooks.pymmcore import AutofocusEngine, FrameSink
 from mm_autofocus.measure import FocusMeasure
+from mm_autofocus.models.lens import LENS_NAMES
 from mm_autofocus.ometiff.files import Naming
 from mm_autofocus.plan import PlanLike, load_plan, settings_of
+from mm_autofocus.registry import suggest
 from mm_autofocus.settings import AutofocusSettings
 from mm_autofocus.training.dataset import Dataset
 from mm_autofocus.training.label import StackMeter
@@ -99,6 +101,7 @@ def collect(
     *,
     slide: str = "slide",
     optics: Mapping[str, float] | None = None,
+    lens: Mapping[str, float] | None = None,
     settings: Mapping[str, Any] | None = None,
     truth: StackTruth | None = None,
     simulated: bool = False,
@@ -122,6 +125,8 @@ def collect(
     optics : mapping, optional
         na, magnification, wavelength_um, refractive_index, pixel_size_um, where the plan
         or the core do not say them or say them wrongly.
+    lens : mapping, optional
+        What is known of lens and condenser: some of `mm_autofocus.models.lens.LENS_NAMES`.
     settings : mapping, optional
         Replace single settings of the plan.
     truth : StackTruth, optional
@@ -139,7 +144,9 @@ def collect(
     HardwareError
         A fault ended the run; the stacks before it are in the dataset.
     """
-    collection = Collection(plan, output, slide=slide, optics=optics, settings=settings)
+    collection = Collection(
+        plan, output, slide=slide, optics=optics, lens=lens, settings=settings
+    )
     return collection.run(core, truth=truth, simulated=simulated, run=run)
 
 
@@ -156,7 +163,7 @@ class Collection:
 
     Parameters
     ----------
-    plan, output, slide, optics, settings
+    plan, output, slide, optics, lens, settings
         As for `collect`.
 
     Raises
@@ -172,13 +179,21 @@ class Collection:
         *,
         slide: str = "slide",
         optics: Mapping[str, float] | None = None,
+        lens: Mapping[str, float] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
+        for name in lens or ():
+            if name not in LENS_NAMES:
+                raise InputError(
+                    f"lens: {name!r} is unknown{suggest(name, LENS_NAMES)}; allowed: "
+                    f"{', '.join(LENS_NAMES)}"
+                )
         given = load_plan(plan, overrides=settings)
         self.slide = slide
         self.settings = settings_of(given)
         known = (self.settings or AutofocusSettings()).optics()
         self.optics = replace(known, **dict(optics or {}))
+        self.lens = None if lens is None else dict(lens)
         # before the tiles are counted out: what is compared is what the user wrote
         dump = given.model_dump_json(exclude={"uid"}, exclude_unset=True)
         self.plan: dict[str, Any] = json.loads(dump)
@@ -360,6 +375,7 @@ class _Labelling:
             channel_name=event.channel.config if event.channel is not None else "",
             exposure_ms=meta.get("exposure_ms"),
             optics=optics_json(optics),
+            lens=self._all.lens,
             truth=self._true(stack, columns["z_um"]),
             **columns,
         )

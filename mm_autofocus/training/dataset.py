@@ -27,6 +27,8 @@ A stack is one z-series of one field in one channel at one time point. Its line 
                     the sharpest plane whose local variance is above the camera's noise
 ``optics``          na, magnification, wavelength_um, refractive_index, pixel_size_um,
                     dof_um; null where unknown
+``lens``            what is known of lens and condenser, by the names of
+                    `mm_autofocus.models.lens.LENS_NAMES`; else null
 ``shape, dtype``    ``[Z, Y, X]`` or ``[Z, Y, X, 3]``; with ``bit_depth``, ``channel_name``
                     and ``exposure_ms`` as far as known
 ``truth``           what a simulator knows, never a part of the label: ``focus_z_um`` and

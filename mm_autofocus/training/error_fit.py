@@ -13,6 +13,7 @@ import numpy as np
 
 from mm_autofocus.models import ood
 from mm_autofocus.models.card import ErrorModel
+from mm_autofocus.models.consensus import raw_error
 from mm_autofocus.models.patches import grid, mosaic
 from mm_autofocus.training.fields import Field, read_looks
 from mm_autofocus.training.importance import importance_of, share
@@ -21,11 +22,11 @@ from mm_autofocus.training.planes import PlaneReader, max_value_of
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from mm_autofocus.models.runtime import FocusModel
+    from mm_autofocus.models.runtime import FocusModel, Prediction
 
     Floats: TypeAlias = npt.NDArray[np.float64]
 
-__all__ = ["Seen", "fit_errors", "fit_ood", "look_at"]
+__all__ = ["Seen", "fit_errors", "fit_ood", "look_at", "seen_of"]
 
 _WITHIN = 0.6827  # of errors lie within one standard deviation
 _LEAST = 12  # frames, to say anything of their errors
@@ -94,32 +95,37 @@ def _frames(fields: Sequence[Field], most: int) -> list[tuple[Field, int]]:
 
 def look_at(model: FocusModel, fields: Sequence[Field], most: int) -> Seen:
     """Show whole frames to a model, the way it is shown them in a run."""
-    rows, weights, frames = [], [], 0
+    rows, weights = [], []
     threshold = 0.0
     for of, k in _frames(fields, most):
         looks = [of.stack.plane(int(p)) for p in of.planes[k]]
         seen = model.predict(looks, max_value=max_value_of(of.stack))
-        frames += 1
         if model.card.importance is not None:
             threshold = model.card.importance.threshold
             px = model.card.patch_px
             corners = grid(of.stack.shape[1:], px).reshape(-1, 2)
             content = importance_of(share(of.content, corners, px))
             weights.append(np.stack([content, seen.importance.ravel()]))
-        if seen.defocus_um is not None:
-            error = seen.expected_error_um
-            spread = seen.spread_um
-            rows.append(
-                (
-                    of.defocus_um[k],
-                    seen.defocus_um,
-                    np.nan if error is None else error,
-                    np.nan if spread is None else spread,
-                )
-            )
-    table = np.array(rows, float).reshape(-1, 4).T
+        rows.append((float(of.defocus_um[k]), seen))
     both = np.concatenate(weights, 1) if threshold else np.zeros((2, 0), np.float32)
-    return Seen(table[0], table[1], table[2], table[3], both.astype(np.float32), frames)
+    return seen_of(rows, both.astype(np.float32))
+
+
+def seen_of(
+    said: Sequence[tuple[float, Prediction]],
+    importance: npt.NDArray[np.float32] | None = None,
+) -> Seen:
+    """From labels and what a model said of their frames."""
+    rows = []
+    for label, p in said:
+        if p.defocus_um is not None:
+            raw = raw_error(p.patch_sd_um, p.spread_um, len(p.patch_defocus_um))
+            known = (np.nan if v is None else v for v in (raw, p.spread_um))
+            rows.append((label, p.defocus_um, *known))
+    if importance is None:
+        importance = np.zeros((2, 0), np.float32)
+    columns = np.array(rows, float).reshape(-1, 4).T
+    return Seen(columns[0], columns[1], columns[2], columns[3], importance, len(said))
 
 
 def fit_errors(seen: Seen) -> ErrorModel:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mm_autofocus.errors import InputError
-from mm_autofocus.models.card import ErrorModel, Importance, ModelCard, Outputs, Shots
+from mm_autofocus.models.card import (
+    ErrorModel,
+    Importance,
+    LensInput,
+    ModelCard,
+    Outputs,
+    Shots,
+)
 from mm_autofocus.models.nets import need_torch
 from mm_autofocus.models.refocus import RefocusModel
 from mm_autofocus.models.runtime import OnnxModel
@@ -35,7 +42,7 @@ __all__ = ["export", "write_onnx"]
 _PARITY = 1e-3  # largest difference from torch, in parts of the trained range
 _PARITY_SD = 0.25  # or, of a patch that leaves the net unsure, in parts of its sd
 _PARITY_PATCHES = 64
-_FRAMES = 240  # of the validation part, shown whole
+_FRAMES = 960  # of the validation part, shown whole
 
 
 def export(
@@ -186,7 +193,8 @@ def write_onnx(net: DefocusNet, card: ModelCard, path: Path, *, half: bool = Fal
     """Write a net with its card, not sealed.
 
     One graph: ``patches (N, C, P, P)`` to ``defocus (N,)`` and ``sd (N,)``, and beside it,
-    where the card says so, ``mosaic (M, C, H, W)`` to ``importance (M, H / 56, W / 56)``.
+    where the card says so, ``mosaic (M, C, H, W)`` to ``importance (M, H / 56, W / 56)``. An
+    input ``lens (1, numbers)`` need not be given: then it is what the card says of the lens.
     BatchNorm is folded into the convolutions. With `half`, large weights are stored in 16 bits.
     """
     import torch
@@ -195,13 +203,20 @@ def write_onnx(net: DefocusNet, card: ModelCard, path: Path, *, half: bool = Fal
     inputs: tuple[Any, ...] = (torch.rand(2, card.planes, px, px),)
     names, outputs = ["patches"], ["defocus", "sd"]
     axes: dict[str, dict[int, str]] = {n: {0: "patches"} for n in (*names, *outputs)}
+    usual = {}
+    if card.lens is not None:
+        code = card.lens.code()[None]
+        inputs += (torch.from_numpy(code),)
+        names.append(card.lens.input)
+        usual[card.lens.input] = code
     if card.importance is not None:
         inputs += (torch.rand(1, card.planes, 112, 168),)
         names.append("mosaic")
         outputs.append("importance")
         axes["mosaic"] = {0: "frames", 2: "height", 3: "width"}
         axes["importance"] = {0: "frames", 1: "rows", 2: "columns"}
-    write_graph(_graph(net, card), inputs, names, outputs, axes, card, path, half=half)
+    graph = _graph(net, card)
+    write_graph(graph, inputs, names, outputs, axes, card, path, half=half, usual=usual)
 
 
 def _graph(net: DefocusNet, card: ModelCard) -> Any:
@@ -214,11 +229,12 @@ def _graph(net: DefocusNet, card: ModelCard) -> Any:
             super().__init__()
             self.net = net
 
-        def forward(self, patches: Tensor, mosaic: Tensor | None = None) -> Any:
-            defocus, log_sd, _ = self.net(patches)
-            if mosaic is None or self.net.rin is None:
+        def forward(self, patches: Tensor, *others: Tensor) -> Any:
+            told, others = others[: card.lens is not None], others[card.lens is not None :]
+            defocus, log_sd, _ = self.net(patches, *told)
+            if not others or self.net.rin is None:
                 return defocus, log_sd.exp()
-            return defocus, log_sd.exp(), self.net.rin(mosaic).sigmoid()
+            return defocus, log_sd.exp(), self.net.rin(others[0]).sigmoid()
 
     return Graph().eval().float().cpu()
 
@@ -257,6 +273,7 @@ def _card(
     known = {k: _common([s.optics.get(k) for s in stacks]) for k in ("magnification", "dof_um")}
     has_rin = bool(options.mosaics) and any(k.startswith("rin.") for k in state["weights"])
     kinds: dict[str, int] = {}
+    told = state["net"].get("lens")
     for s in stacks:
         kinds[s.sparsity] = kinds.get(s.sparsity, 0) + 1
     simulated = any(map(data.is_simulated, stacks))
@@ -271,6 +288,7 @@ def _card(
         patch_px=context.patch_px,
         outputs=Outputs(),
         importance=Importance() if has_rin else None,
+        lens=LensInput(ranges=told) if told else None,
         pixel_size_um=context.pixel_size_um,
         na=context.na,
         magnification=known["magnification"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ import numpy as np
 from mm_autofocus.models.card import KEY
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from mm_autofocus.models.card import ModelCard
 
 __all__ = ["OPSET", "write_graph"]
@@ -32,6 +34,7 @@ def write_graph(
     path: Path,
     *,
     half: bool = False,
+    usual: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> None:
     """Write a module of torch with its card, not sealed.
 
@@ -51,6 +54,8 @@ def write_graph(
         File to write.
     half : bool
         Store large weights in 16 bits, to be read as 32.
+    usual : mapping
+        Input to what it is where nothing is given.
     """
     import onnx
     import torch
@@ -72,6 +77,8 @@ def write_graph(
     model = onnx.load_from_string(buffer.getvalue())
     if half:
         _halve(model.graph)
+    for name, value in (usual or {}).items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     model.producer_name = "mm_autofocus"
     entry = model.metadata_props.add()
     entry.key, entry.value = KEY, card.to_json()

@@ -11,6 +11,7 @@ from mm_autofocus.settings_file import settings_text
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mm_autofocus.models.card import ModelCard
     from mm_autofocus.training.calibrate import Images
     from mm_autofocus.training.stage_play import StagePlay
 
@@ -71,6 +72,7 @@ def recommend(
     *,
     given: Mapping[str, Any] | None = None,
     model: str | None = None,
+    tried: tuple[ModelCard, str] | None = None,
 ) -> Recommendation:
     """Recommend settings.
 
@@ -84,6 +86,9 @@ def recommend(
         Settings of the user's, which are kept.
     model : str, optional
         A trained model that is to be used.
+    tried : tuple, optional
+        Card of that model and what it is worth on the stacks, if it was tried on them: no
+        test of the images says more.
 
     Raises
     ------
@@ -101,6 +106,9 @@ def recommend(
         looks, patch = images.sign.looks_um, images.patch_px
         if looks is not None:
             strategy = "one-shot" if len(looks) == 1 else "two-look"
+    if tried is not None:
+        looks, patch = tried[0].looks_um, tried[0].patch_px
+        strategy = "one-shot" if len(looks) == 1 else "two-look"
     learned = strategy != "hill-climb"
     settings["strategy"] = strategy if model and learned else "hill-climb"
     if learned:
@@ -108,7 +116,7 @@ def recommend(
         at = ", ".join(f"{x:g}" for x in looks)
         why["strategy"] = f"looks at [{at}] µm"
         if model:
-            put("model", model, "as asked for")
+            put("model", model, "as asked for" if tried is None else tried[1])
         else:
             why["strategy"] = "until a model is trained"
             step = (

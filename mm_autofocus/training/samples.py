@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from mm_autofocus.errors import InputError
+from mm_autofocus.models.lens import code_of
 from mm_autofocus.models.patches import CELL_PX, grid
 from mm_autofocus.training.augment import AugmentOptions, allowed_turn, augment, turn
 from mm_autofocus.training.fields import (
@@ -29,6 +30,8 @@ from mm_autofocus.training.planes import PlaneReader
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from mm_autofocus.models.lens import Ranges
 
     Real: TypeAlias = npt.NDArray[np.float32]
     Index: TypeAlias = npt.NDArray[np.intp]
@@ -104,6 +107,8 @@ class PatchSource(Source):
         How samples are changed.
     near : tuple of float
         ``(part, um)``: of `part` of the samples the defocus is drawn from within ± `um`.
+    told : mapping
+        What a net is told of the lens (`models.lens`); empty: nothing.
     """
 
     def __init__(
@@ -114,24 +119,31 @@ class PatchSource(Source):
         seed: int,
         change: AugmentOptions,
         near: tuple[float, float] = (0.0, 0.0),
+        told: Ranges | None = None,
     ) -> None:
         super().__init__([f for f in fields if len(f.windows)], per_field, seed)
+        self.told = dict(told or {})
         self.patch_px, self.change, self.near = patch_px, change, near
         if not self.fields:
             raise InputError("none of the stacks to train on shows specimen in focus")
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """``patches (C, P, P)`` float32, ``defocus_um`` float32, ``field`` int."""
+        """``patches (C, P, P)`` float32, ``defocus_um`` float32, ``field`` int.
+
+        And ``lens``, float32, if the net is told of it: `models.lens.code_of`.
+        """
         which, rng = self._draw(number)
         of = self.fields[which]
         k = self._set(of, rng)
         y, x = corner_of(of, self.patch_px, rng)
         sample = read_looks(self.reader, of, k, y, x, self.patch_px, self.patch_px)
         sample = augment(sample, self.change, rng, of.planes.shape[1])
+        lens = {"lens": code_of(self.told, of.stack.lens)} if self.told else {}
         return {
             "patches": sample,
             "defocus_um": np.float32(of.defocus_um[k]),
             "field": which,
+            **lens,
         }
 
     def _set(self, of: Field, rng: np.random.Generator) -> int:

@@ -96,10 +96,11 @@ def gather_by_theory(
 ) -> Taught:
     """Spectra of patches by theory, ``(N, F)`` float16; their defocus ``(N,)`` in µm.
 
-    Rounded, so that millions of them fit into memory.
+    Behind the spectra the code of the lens, if the net is told of it. Rounded, so that
+    millions of them fit into memory.
     """
     near = (options.near_share, options.near_um)
-    theory = SpectraByTheory(net.context, options.theory, options.seed, near)
+    theory = SpectraByTheory(net.context, options.theory, options.seed, near, net.lens)
     found, defocus = torch.empty(0), torch.empty(0)
     # nobody computes beside them
     workers = cores() if options.workers is None else options.workers
@@ -131,7 +132,8 @@ def gather(
         for k, batch in enumerate(
             batches_of(source, _READ, range(steps), workers=options.workers, cuda=cuda)
         ):
-            found.append(net.seen(batch["patches"].to(device)))
+            lens = batch["lens"].to(device) if "lens" in batch else None
+            found.append(net.seen(batch["patches"].to(device), lens))
             defocus.append(batch["defocus_um"].to(device))
             if k % max(1, steps // 10) == 0:
                 say(f"spectra of {k * _READ} of {steps * _READ} patches")
@@ -172,7 +174,8 @@ def learn(
         Teach the matrices of the perceptron by `BlockMuon` (Jordan et al., 2024): all
         directions of a step are of one length, so that what tells lens from defocus, a few
         per cent of inputs that vary together, is not learned last. For many patches: of a few
-        it learns soon what is peculiar to them.
+        it learns soon what is peculiar to them. Nothing is dropped then: what is never learned
+        by heart only gets vaguer by it.
     """
     seen, defocus_um = taught
     learned = [p for p in net.reading_parameters() if p.requires_grad]
@@ -200,6 +203,9 @@ def learn(
     order = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     net.train()
+    for module in net.modules() if muon else ():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
     for number in range(passes):
         total = 0.0
         shuffled = torch.randperm(n, generator=order).to(seen.device)

@@ -40,12 +40,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mm_autofocus.errors import InputError
+from mm_autofocus.models.lens import code_of
 from mm_autofocus.models.nets.physics import CrossSpectra, window_of
 from mm_autofocus.optics import REFERENCE_UM, condenser
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from mm_autofocus.models.lens import Ranges
     from mm_autofocus.models.nets.base import NetContext
     from mm_autofocus.training.options import TheoryOptions
 
@@ -54,6 +56,13 @@ if TYPE_CHECKING:
 
 __all__ = ["SpectraByTheory", "check_optics"]
 
+# names of `models.lens` to those that are used here
+_SHORT = {
+    "sigma": "sigma",
+    "spherical_waves": "spherical",
+    "astigmatism_waves": "astigmatism",
+    "axial_colour_um": "axial",
+}
 _RGB_UM = (0.61, 0.54, 0.46)
 _MEDIUM = 1.52  # between the layers
 _SOURCE_POINTS = 8
@@ -169,6 +178,8 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         Of everything.
     near : tuple of float
         ``(part, um)``: of `part` of the patches the defocus is drawn from within ± `um`.
+    told : mapping
+        What a net is told of the lens (`models.lens`): its code stands behind the spectra.
 
     Raises
     ------
@@ -182,8 +193,10 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         ranges: TheoryOptions,
         seed: int,
         near: tuple[float, float] = (0.0, 0.0),
+        told: Ranges | None = None,
     ) -> None:
         check_optics(context)
+        self._told = dict(told or {})
         assert context.na is not None
         assert context.pixel_size_um is not None
         self._looks, self._range, self._near = context.looks_um, context.range_um, near
@@ -221,7 +234,8 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         Returns
         -------
         seen : Tensor
-            ``(N, F)`` float32: what `Spectral.look` returns of images.
+            ``(N, F)`` float32: what `Spectral.look` returns of images, and the code of the
+            lens.
         defocus_um : Tensor
             ``(N,)``, by the focus measure as in `label`.
         """
@@ -255,6 +269,9 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         given = {k: v.flatten(0, 1) for k, v in region.items()} | self._cameras(lenses, each)
         given = {k: v[patch] for k, v in given.items()}
         seen = self._patches(_lit(covariance.flatten(0, 2), given["level"]), given)
+        if self._told:
+            code = self._code(lens).repeat_interleave(heights * each, 0)
+            seen = torch.cat((seen, code), 1)
         return seen, defocus.repeat_interleave(each, 1).flatten()
 
     # ------------------------------------------------------------------------- the lots
@@ -273,6 +290,14 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
             "axial": within(r.axial_colour_um),
             "thickness": within(r.thickness_um),
         }
+
+    def _code(self, lens: Lens) -> Tensor:
+        """What is told of lenses, ``(n, numbers)``."""
+        known = {name: lens[_SHORT[name]].tolist() for name in self._told}
+        each = zip(*known.values(), strict=True)
+        return _tensor(
+            np.stack([code_of(self._told, dict(zip(known, v, strict=True))) for v in each])
+        )
 
     def _specimen(self, n: int) -> Lens:
         """Two stains and a texture of phase, and how much of the patch they fill.

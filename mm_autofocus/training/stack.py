@@ -40,6 +40,7 @@ _KNOWN = (
     "sparsity",
     "content",
     "optics",
+    "lens",
     "shape",
     "dtype",
     "bit_depth",
@@ -73,6 +74,7 @@ class Stack:
     focus_z_um: float | None = None
     quality: Mapping[str, Any] = column(default_factory=dict, repr=False)
     optics: Mapping[str, Any] = column(default_factory=dict, repr=False)
+    lens: Mapping[str, float] | None = column(default=None, repr=False)
     truth: Mapping[str, Any] | None = column(default=None, repr=False)
     x_um: float | None = None
     y_um: float | None = None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from mm_autofocus.errors import InputError
+from mm_autofocus.models.lens import knows
 from mm_autofocus.models.nets import NETS, build_net, need_torch
 from mm_autofocus.training.dataset import Dataset
 from mm_autofocus.training.importance import content_maps
@@ -33,6 +34,7 @@ from mm_autofocus.training.samples import (
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from mm_autofocus.models.lens import Ranges
     from mm_autofocus.models.nets.base import Net, NetContext
     from mm_autofocus.models.nets.sparsefocus import SparseFocus
     from mm_autofocus.training.fields import Field
@@ -171,6 +173,12 @@ def prepare(
             draw_pair(stack, options.pairs, np.random.default_rng(0))
     net = build_net(options.model, context, options.net)  # its options are checked here
     _check_spectra(net, context, options)
+    told = getattr(net, "lens", {})
+    if told and not options.theory.patches and not any(knows(told, s.lens) for s in learn):
+        raise InputError(
+            f"net.lens: of no stack of {dataset.path} {' and '.join(told)} are known, and "
+            "without theory.patches there is nothing to learn it from; allowed: {}"
+        )
     identity = {
         "model": options.model,
         "net": net.options.model_dump(mode="json"),
@@ -202,7 +210,7 @@ def prepare(
     job = Job(
         run,
         options,
-        _source(fields, options, run, refocus),
+        _source(fields, options, run, refocus, told),
         None,
         _judge(validation, options, run, refocus),
         identity,
@@ -289,7 +297,13 @@ def _pair_context(learn: tuple[Stack, ...], options: TrainOptions) -> NetContext
     )
 
 
-def _source(fields: list[Field], options: TrainOptions, run: Path, refocus: bool) -> Source:
+def _source(
+    fields: list[Field],
+    options: TrainOptions,
+    run: Path,
+    refocus: bool,
+    told: Ranges,
+) -> Source:
     """What is trained on."""
     if refocus:
         return PairSource(
@@ -308,6 +322,7 @@ def _source(fields: list[Field], options: TrainOptions, run: Path, refocus: bool
         options.seed,
         options.augment,
         (options.near_share, options.near_um),
+        told,
     )
 
 

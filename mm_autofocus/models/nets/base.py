@@ -191,7 +191,8 @@ class DefocusNet(Net):
 
     def losses_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`losses` of patches, and that of the importance where mosaics came with them."""
-        losses = self.losses(self(batch["patches"]), batch["defocus_um"])
+        told = {"lens": batch["lens"]} if "lens" in batch else {}
+        losses = self.losses(self(batch["patches"], **told), batch["defocus_um"])
         if "mosaic" in batch and self.rin is not None:
             logits = self.rin(batch["mosaic"]).float()
             losses["importance"] = nn.functional.binary_cross_entropy_with_logits(

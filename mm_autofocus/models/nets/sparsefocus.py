@@ -12,17 +12,19 @@ them, and ReLU: a third of the time of dense ones); the stem also sees standardi
 mean pooling stands beside max pooling; the head may be a distribution; in the median, answers
 that the net is sure of weigh more (`consensus.agreed`). If asked for, the spectra of the patch
 (`physics.CrossSpectra`) stand beside what the convolutions find: where the optical transfer
-function has its zeros tells how far focus is, whatever the specimen.
+function has its zeros tells how far focus is, whatever the specimen. What reads them may be
+told of the lens (`models.lens`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from mm_autofocus.models.lens import LENS_NAMES
 from mm_autofocus.models.nets.base import (
     AnyOptions,
     DefocusNet,
@@ -41,6 +43,8 @@ __all__ = ["Dpn", "Rin", "SparseFocus", "SparseFocusOptions", "Spectral"]
 
 _LAYERS = 3  # of the perceptron behind the spectra
 _DROPPED = 0.1  # there are more numbers in the spectra than some labs have fields
+_LENS_WIDTH = 64  # of the layer between what is told of a lens and what that changes
+_UNTOLD = 0.4  # of the patches are shown without it in training: both are to be learned
 
 
 class SparseFocusOptions(NetOptions):
@@ -60,6 +64,9 @@ class SparseFocusOptions(NetOptions):
     spectra : int
         Width of the perceptron that reads the spectra of the patch beside the convolutions
         (256 is a good one); 0: none, as published.
+    lens : dict
+        What it is told of the lens: names of `models.lens.LENS_NAMES` with their ranges; needs
+        spectra. Empty: nothing.
     rin_widths : tuple of int
         Channels of the RIN at 1/2, 1/4 and 1/8 of the mosaic.
     """
@@ -70,7 +77,19 @@ class SparseFocusOptions(NetOptions):
     kernel: int = 7
     pool: Literal["max+mean", "max", "mean"] = "max+mean"
     spectra: Annotated[int, Field(ge=0, le=2048)] = 0
+    lens: dict[Literal[LENS_NAMES], tuple[float, float]] = Field(default_factory=dict)  # type: ignore[valid-type]
     rin_widths: tuple[int, int, int] = (16, 32, 64)
+
+    @field_validator("lens")
+    @classmethod
+    def _rise(
+        cls, value: dict[str, tuple[float, float]], info: ValidationInfo
+    ) -> dict[str, tuple[float, float]]:
+        if any(not low < high for low, high in value.values()):
+            raise ValueError("of each range the smaller end comes first")
+        if value and not info.data.get("spectra"):
+            raise ValueError("needs net.spectra")
+        return value
 
 
 class Block(nn.Module):
@@ -129,6 +148,35 @@ class Usual(nn.BatchNorm1d):
         return (x - mean) * (variance + self.eps).rsqrt()
 
 
+class LensCode(nn.Module):
+    """What is known of the lens, as what it adds to the layers of a perceptron.
+
+    Parameters
+    ----------
+    numbers : int
+        Of a code, `models.lens.code_of`.
+    layers, width : int
+        Of the perceptron.
+    """
+
+    def __init__(self, numbers: int, layers: int, width: int) -> None:
+        super().__init__()
+        self.shape = (layers, width)
+        self.inner = nn.Linear(numbers, _LENS_WIDTH)
+        self.outer = nn.Linear(_LENS_WIDTH, layers * width)
+        # nothing at first: a net that was taught without it goes on from where it stands
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, code: Tensor) -> Tensor:
+        """``(N, numbers)`` to ``(N, layers, width)``; in training, many are lost."""
+        if self.training:
+            known = torch.rand(len(code), 1, device=code.device) >= _UNTOLD
+            code = code * known
+        y: Tensor = self.outer(torch.relu(self.inner(code)))
+        return y.reshape(code.shape[0], *self.shape)
+
+
 class Spectral(nn.Module):
     """Features of the spectra of a patch: a perceptron with ways around its layers.
 
@@ -138,7 +186,7 @@ class Spectral(nn.Module):
         How many it returns.
     """
 
-    def __init__(self, context: NetContext, width: int) -> None:
+    def __init__(self, context: NetContext, width: int, told: int = 0) -> None:
         super().__init__()
         self.spectra = CrossSpectra(len(context.looks_um), context.channels, context.patch_px)
         before = self.spectra.features + context.in_channels
@@ -156,22 +204,36 @@ class Spectral(nn.Module):
             for _ in range(_LAYERS)
         )
         self.last = nn.LayerNorm(width)
+        self.lens = LensCode(told + 1, _LAYERS + 1, width) if told else None
+        self.told = told + 1 if told else 0
         self.features = width
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """``(N, C, P, P)`` to ``(N, F)``."""
+    def forward(self, patches: Tensor, lens: Tensor | None = None) -> Tensor:
+        """``(N, C, P, P)``, and the code of the lens ``(N or 1, told)``, to ``(N, F)``."""
         with full_precision(patches):
-            return self.read(self.usual(self.look(patches)))
+            return self.read(self.usual(self.look(patches)), lens)
 
     def look(self, patches: Tensor) -> Tensor:
         """``(N, C, P, P)`` to spectra and mean of each plane: nothing of it is learned."""
         return torch.cat((self.spectra(patches), patches.float().mean((2, 3))), 1)
 
-    def read(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor, lens: Tensor | None = None) -> Tensor:
         """What `look` saw, less what is usual for it, to ``(N, F)``."""
         x = self.first(x)
-        for layer in self.layers:
-            x = x + layer(x)
+        if self.lens is None:
+            for layer in self.layers:
+                x = x + layer(x)
+        else:
+            if lens is None:
+                lens = x.new_zeros(1, self.told)
+            change = self.lens(lens)
+            x = x + change[:, 0]
+            for k, layer in enumerate(self.layers, 1):
+                norm, inner, *outer = cast("nn.Sequential", layer)
+                inside = inner(norm(x)) + change[:, k]
+                for part in outer:
+                    inside = part(inside)
+                x = x + inside
         y: Tensor = self.last(x)
         return y
 
@@ -209,14 +271,14 @@ class Dpn(nn.Module):
         self.features = before * self.pool.times
         self.spectral = None
         if options.spectra:
-            self.spectral = Spectral(context, options.spectra)
+            self.spectral = Spectral(context, options.spectra, len(options.lens))
             self.features += self.spectral.features
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """``(N, C, P, P)`` to ``(N, F)``."""
+    def forward(self, patches: Tensor, lens: Tensor | None = None) -> Tensor:
+        """``(N, C, P, P)``, and the code of the lens, to ``(N, F)``."""
         x = self.found(patches)
         if self.spectral is not None:
-            x = torch.cat((x.float(), self.spectral(patches)), 1)
+            x = torch.cat((x.float(), self.spectral(patches, lens)), 1)
         return x
 
     def found(self, patches: Tensor) -> Tensor:
@@ -296,9 +358,13 @@ class SparseFocus(DefocusNet):
         self.head = make_head(self.dpn.features, context, options)
         self.rin = Rin(context.in_channels, options.rin_widths)
 
-    def forward(self, patches: Tensor) -> Output:
-        """Predict the defocus of patches ``(N, C, P, P)``."""
-        output: Output = self.head(self.dpn(patches))
+    def forward(self, patches: Tensor, lens: Tensor | None = None) -> Output:
+        """Predict the defocus of patches ``(N, C, P, P)``.
+
+        The code of the lens, ``(N or 1, numbers)`` of `models.lens.code_of`, is only for nets
+        that are told of it; without one they answer as of a lens that is not known.
+        """
+        output: Output = self.head(self.dpn(patches, lens))
         return output
 
     def losses(self, output: Output, defocus_um: Tensor) -> dict[str, Tensor]:
@@ -316,9 +382,22 @@ class SparseFocus(DefocusNet):
             raise ValueError("a net without spectra")
         return self.dpn.spectral
 
-    def seen(self, patches: Tensor) -> Tensor:
-        """What convolutions find in patches ``(N, C, P, P)``, and the spectra: ``(N, S)``."""
-        return torch.cat((self.dpn.found(patches).float(), self._spectral.look(patches)), 1)
+    @property
+    def lens(self) -> dict[str, tuple[float, float]]:
+        """Names and ranges of what it is told of the lens."""
+        return dict(cast("SparseFocusOptions", self.options).lens)
+
+    def seen(self, patches: Tensor, lens: Tensor | None = None) -> Tensor:
+        """What it finds in patches ``(N, C, P, P)``, ``(N, S)``.
+
+        That of the convolutions, the spectra, and behind them the code of the lens, if it is
+        told of one.
+        """
+        parts = [self.dpn.found(patches).float(), self._spectral.look(patches)]
+        if self._spectral.told:
+            unknown = patches.new_zeros(len(patches), self._spectral.told)
+            parts.append(unknown if lens is None else lens.float())
+        return torch.cat(parts, 1)
 
     @property
     def knows_usual(self) -> bool:
@@ -333,21 +412,23 @@ class SparseFocus(DefocusNet):
         usual.running_var.copy_(x.var(0))  # type: ignore[union-attr]
 
     def by_seen(self, seen: Tensor) -> Output:
-        """Predict from what was `seen`, ``(N, S)``, or from spectra alone, ``(N, F)``."""
+        """Predict from what was `seen`, ``(N, S)``, or from that less the convolutions'."""
         own = self._spectral
-        found, spectra = self._parts(seen)
-        read = own.read(own.usual.less(spectra))
+        found, spectra, lens = self._parts(seen)
+        read = own.read(own.usual.less(spectra), lens if own.told else None)
         output: Output = self.head(torch.cat((found, read), 1))
         return output
 
-    def _parts(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """What the convolutions found, and the spectra."""
-        if seen.shape[1] == self._spectral.usual.num_features:
+    def _parts(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the convolutions found, the spectra, and the code of the lens."""
+        count = self._spectral.usual.num_features
+        if seen.shape[1] == count + self._spectral.told:
             seen = self.seen_of(seen)
-        return seen[:, : self._found], seen[:, self._found :]
+        behind = self._found + count
+        return seen[:, : self._found], seen[:, self._found : behind], seen[:, behind:]
 
     def seen_of(self, spectra: Tensor) -> Tensor:
-        """Spectra alone ``(N, F)``, as if the convolutions had found nothing: ``(N, S)``."""
+        """Spectra ``(N, F)``, and the code, as if the convolutions had found nothing."""
         return torch.cat((spectra.new_zeros(len(spectra), self._found), spectra), 1)
 
     def reading_parameters(self) -> list[nn.Parameter]:
