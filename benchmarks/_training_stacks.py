@@ -28,6 +28,7 @@ from mm_autofocus.sim.microscope import Microscope
 from mm_autofocus.sim.truth import microscope_of
 from mm_autofocus.training.collect import collect
 from mm_autofocus.training.dataset import read_meta
+from skimage.data import immunohistochemistry
 
 PIXEL_UM = 0.325
 OPTICS = {"na": 0.75, "magnification": 20}
@@ -66,6 +67,9 @@ class Recipe:
         The stacks begin at a random z in this range about the middle.
     pictures : tuple of str
         Those of `PICTURES` that are no tissue.
+    blur_px : float
+        Each colour of a picture is blurred by up to so much (standard deviation): lenses that
+        photographs were taken by favour one colour or another, and few pictures all the same.
     """
 
     planes_um: tuple[float, ...]
@@ -75,6 +79,18 @@ class Recipe:
     offset_um: tuple[float, float]
     one_sparsity: bool = False
     pictures: tuple[str, ...] = OTHER_PICTURES
+    blur_px: float = 0.0
+
+
+def blurred(picture: str, sd_px: float, rng: np.random.Generator, path: Path) -> str:
+    """Write a picture with each colour blurred by chance; return where."""
+    read = cv2.imread(picture) if picture else immunohistochemistry()[..., ::-1]
+    colours = cv2.split(np.ascontiguousarray(read))
+    sds = rng.uniform(0.05, sd_px, 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soft = [cv2.GaussianBlur(c, (0, 0), s) for c, s in zip(colours, sds, strict=True)]
+    cv2.imwrite(str(path), cv2.merge(soft))
+    return str(path)
 
 
 def kind_of(rng: np.random.Generator, pictures: Sequence[str]) -> tuple[str, str]:
@@ -136,6 +152,9 @@ def collect_share(recipe: Recipe, folder: Path, stacks: int, job: int, jobs: int
                 return
             rng = np.random.default_rng([seed, 5])
             kind, picture = kind_of(rng, recipe.pictures)
+            if kind == "picture" and recipe.blur_px:
+                file = folder.with_name("pictures") / f"{seed}.png"
+                picture = blurred(picture, recipe.blur_px, rng, file)
             drawn = draw(seed, kind, picture=picture)
             drawn.apply(scope)
             px = large if rng.uniform() < recipe.large else small

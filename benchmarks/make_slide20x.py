@@ -39,6 +39,7 @@ RECIPE = Recipe(
         *OTHER_PICTURES, "astronaut.png", "chelsea.png", "hubble_deep_field.jpg",
         "motorcycle_left.png", "rocket.jpg",
     ),
+    blur_px=0.6,
 )  # fmt: skip
 
 TRAIN = {
@@ -77,7 +78,7 @@ ONE_LOOK: dict[str, object] = {
     "net.lens": {key: list(ends) for key, ends in LENS.items()},
     "theory.patches": 5_000_000,
     "theory.passes": 8,
-    "spectra_patches": 180_000,
+    "spectra_patches": 230_000,
 }
 # Twice and a half as many numbers of each patch, of which fewer fit into memory.
 TWO_LOOKS: dict[str, object] = {
