@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import re
+import statistics
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +14,23 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 _HEAD = (
     "# Measured\n\nWritten by the scripts beside this file; each replaces its own section.\n"
 )
+
+
+def pairs_parser(summary: str | None, pairs: int) -> argparse.ArgumentParser:
+    """Options of a script that times things in turn, so many `pairs` of runs."""
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--pairs", type=int, default=pairs)
+    parser.add_argument(
+        "--write", action="store_true", help="replace the section in RESULTS.md"
+    )
+    return parser
+
+
+def ratio_cells(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Median of the ratios pair by pair, and 5 … 95 % of them, as cells of a table."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    low, high = ratios[len(ratios) // 20], ratios[-1 - len(ratios) // 20]
+    return f"{statistics.median(ratios):.3f} | {low:.3f} … {high:.3f}"
 
 
 def environment() -> str:

@@ -8,7 +8,6 @@ machine whose speed drifts does not decide.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -17,7 +16,7 @@ import numpy as np
 from mm_autofocus.measure import FocusMeasure
 from mm_autofocus.metrics import brenner
 
-from _results import write_section
+from _results import pairs_parser, write_section
 
 SIZE = 2048
 
@@ -31,12 +30,7 @@ def seconds(call: Callable[[], object], repeat: int) -> float:
 
 def main() -> None:
     """Run and print, or write, the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument(
-        "--write", action="store_true", help="replace the section in RESULTS.md"
-    )
-    args = parser.parse_args()
+    args = pairs_parser(__doc__, 200).parse_args()
 
     rng = np.random.default_rng(0)
     frame = rng.integers(0, 2**16, (SIZE, SIZE), dtype=np.uint16)

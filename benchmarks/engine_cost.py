@@ -8,7 +8,6 @@ pair by pair, so that a machine whose speed drifts does not decide.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 import time
@@ -19,7 +18,7 @@ from mm_autofocus import AutofocusEngine
 from mm_autofocus.config import close_core, open_core
 from pymmcore_plus.mda import MDAEngine
 
-from _results import write_section
+from _results import pairs_parser, ratio_cells, write_section
 
 PLANS = {
     "one position, 300 frames": useq.MDASequence(
@@ -36,12 +35,7 @@ PLANS = {
 
 def main() -> None:
     """Run and print, or write, the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument(
-        "--write", action="store_true", help="replace the section in RESULTS.md"
-    )
-    args = parser.parse_args()
+    args = pairs_parser(__doc__, 15).parse_args()
     logging.getLogger("pymmcore-plus").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     core = open_core("demo_camera.cfg")
@@ -63,13 +57,9 @@ def main() -> None:
                 core.mda.run(plan)
                 if pair:  # the first pair warms up
                     times[which].append(time.perf_counter() - start)
-        ratios = sorted(a / b for a, b in zip(times["ours"], times["stock"], strict=True))
-        low, high = ratios[len(ratios) // 20], ratios[-1 - len(ratios) // 20]
         stock_ms = 1e3 * statistics.median(times["stock"]) / events
-        rows.append(
-            f"| {name} | {stock_ms:.2f} | {statistics.median(ratios):.3f} "
-            f"| {low:.3f} … {high:.3f} |"
-        )
+        ratio = ratio_cells(times["ours"], times["stock"])
+        rows.append(f"| {name} | {stock_ms:.2f} | {ratio} |")
     close_core(core)
     text = (
         "Plans without autofocus on the DemoCamera adapters "

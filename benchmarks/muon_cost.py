@@ -9,7 +9,6 @@ judged on other lenses.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -26,7 +25,7 @@ from mm_autofocus.training.options import TheoryOptions
 from mm_autofocus.training.spectra_theory import SpectraByTheory
 from torch.optim import Muon
 
-from _results import write_section
+from _results import pairs_parser, ratio_cells, write_section
 from _training_stacks import THEORY
 
 READERS = {"one look, width 512": ((0.0,), 512), "two looks, width 384": ((-8.0, 8.0), 384)}
@@ -61,11 +60,9 @@ def cost(looks_um: tuple[float, ...], width: int, pairs: int) -> str:
             steps[which].step()
             if pair:  # the first pair warms up
                 times[which].append(1e3 * (time.perf_counter() - start))
-    ratios = sorted(a / b for a, b in zip(times["ours"], times["torch"], strict=True))
-    low, high = ratios[len(ratios) // 20], ratios[-1 - len(ratios) // 20]
     return (
         f"{statistics.median(times['ours']):.0f} | {statistics.median(times['torch']):.0f} | "
-        f"{statistics.median(ratios):.3f} | {low:.3f} … {high:.3f}"
+        + ratio_cells(times["ours"], times["torch"])
     )
 
 
@@ -89,12 +86,7 @@ def lesson(optimiser: type, seed: int, taught, judged) -> tuple[float, float, fl
 
 def main() -> None:
     """Run and print, or write, the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument(
-        "--write", action="store_true", help="replace the section in RESULTS.md"
-    )
-    args = parser.parse_args()
+    args = pairs_parser(__doc__, 15).parse_args()
     torch.set_num_threads(1)
     lines = [
         f"Blocks of 128 rows in single precision, beside `torch.optim.Muon`, on one core; "

@@ -16,7 +16,6 @@ from mm_autofocus.hooks.checks import check_looks, stage_limits_um
 from mm_autofocus.hooks.ledger import Ledger, Place
 from mm_autofocus.hooks.rig import CoreRig, faults_of
 from mm_autofocus.measure import FocusMeasure
-from mm_autofocus.models.importing import load_model
 from mm_autofocus.plan import load_plan, settings_of
 from mm_autofocus.settings import AutofocusSettings, parse_settings
 from mm_autofocus.settings_file import check_new_file, write_text
@@ -26,11 +25,18 @@ from mm_autofocus.training.calibration_page import calibration_page
 from mm_autofocus.training.collect import Collection
 from mm_autofocus.training.dataset import Dataset
 from mm_autofocus.training.focus_curves import SHARE
-from mm_autofocus.training.lens_fit import LensFit, fit_to, lens_model
+from mm_autofocus.training.lens_fit import (
+    LensFit,
+    check_stacks,
+    fit_lens,
+    lens_model,
+    write_lens,
+)
 from mm_autofocus.training.recommend import Recommendation, recommend
 from mm_autofocus.training.stage_play import StagePlay, StageSweeps, play_of
 
 if TYPE_CHECKING:
+    from mm_autofocus.models.runtime import OnnxModel
     from mm_autofocus.training.stack import Stack
 
 __all__ = ["Calibration", "calibrate_microscope", "measure_stage"]
@@ -127,7 +133,7 @@ def calibrate_microscope(
     report: Path | None = None,
     overwrite: bool = False,
     model: str | None = None,
-    fit_lens: Path | None = None,
+    lens_output: Path | None = None,
     sets: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -155,7 +161,7 @@ def calibrate_microscope(
         Whether these may be replaced.
     model : str, optional
         A trained model to be used in the settings.
-    fit_lens : path, optional
+    lens_output : path, optional
         ``*.onnx`` for a copy of that model that is told of the lens which the stacks show: see
         `mm_autofocus.training.lens_fit`. It takes the model's place in the settings.
     sets : mapping, optional
@@ -174,12 +180,15 @@ def calibrate_microscope(
     HardwareError
         A device failed.
     """
-    _check_asked(dataset, config, plan, output, report, model, fit_lens, overwrite=overwrite)
+    _check_asked(dataset, config, plan, output, report, overwrite=overwrite)
+    fitted = _model_to_fit(model, dataset, lens_output, overwrite=overwrite)
     settings = parse_settings(sets, where="--set")
     say = progress or (lambda _: None)
     stage, reason, data = None, _NOT_RECORDED, None
     if plan is None and dataset is not None:
         data = Dataset.open(dataset)
+        if fitted is not None:  # before anything moves
+            check_stacks(fitted, data.labelled)
     if config is not None:
         collection = None
         if plan is not None and dataset is not None:
@@ -199,14 +208,14 @@ def calibrate_microscope(
         finally:
             close_core(core)
     images = None if data is None else calibrate(data, seed=seed, progress=progress)
-    lens, lens_file = None, None
-    if fit_lens is not None and model is not None and data is not None:
-        lens, lens_file = fit_to(model, data, fit_lens, seed=seed, progress=say)
-        model = model if lens_file is None else str(lens_file)
-    tried = None
-    if lens_file is not None and lens is not None:
-        worth = f"off by {lens.mae_um:.2f} µm on fields that its lens was not found by"
-        tried = (load_model(lens_file).card, worth)
+    lens, lens_file, tried = None, None, None
+    if lens_output is not None and fitted is not None and data is not None:
+        lens = fit_lens(fitted, data.labelled, seed=seed, progress=say)
+        if lens.helps:
+            write_lens(fitted, lens_output, lens, data=data.path.name)
+            lens_file, model = lens_output, str(lens_output)
+            worth = f"off by {lens.mae_um:.2f} µm on fields that its lens was not found by"
+            tried = (fitted.card, worth)
     recommended = recommend(images, stage, given=sets, model=model, tried=tried)
     if output is not None:
         write_text(output, recommended.text())
@@ -223,8 +232,6 @@ def _check_asked(
     plan: Path | None,
     output: Path | None,
     report: Path | None,
-    model: str | None,
-    fit_lens: Path | None,
     *,
     overwrite: bool,
 ) -> None:
@@ -240,12 +247,19 @@ def _check_asked(
         check_new_file(report, overwrite=overwrite, kinds=(".html", ".htm"))
         if dataset is None:
             raise InputError(f"--report: {report}: a report needs the stacks of a dataset")
-    if fit_lens is not None:
-        check_new_file(fit_lens, overwrite=overwrite, kinds=(".onnx",))
-        if model is None or dataset is None:
-            missing = "a model with --model" if model is None else "the stacks of a dataset"
-            raise InputError(f"--fit-lens: {fit_lens}: needs {missing}")
-        lens_model(model)
+
+
+def _model_to_fit(
+    model: str | None, dataset: Path | None, output: Path | None, *, overwrite: bool
+) -> OnnxModel | None:
+    """The model that is to be told of the lens, if any is."""
+    if output is None:
+        return None
+    check_new_file(output, overwrite=overwrite, kinds=(".onnx",))
+    if model is None or dataset is None:
+        missing = "a model with --model" if model is None else "the stacks of a dataset"
+        raise InputError(f"--fit-lens: {output}: needs {missing}")
+    return lens_model(model)
 
 
 def measure_stage(
@@ -364,9 +378,7 @@ def _lens_lines(lens: LensFit, file: Path | None) -> Iterator[str]:
         f"{lens.mae_before_um:.2f} µm where not ({lens.frames} frames of {lens.fields} fields, "
         "each by a lens found on others)"
     )
-    yield (
-        f"              {file}" if file is not None else "              no better: not written"
-    )
+    yield f"{'':14}{file or 'no better: not written'}"
 
 
 def _image_lines(images: Images) -> Iterator[str]:

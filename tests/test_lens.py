@@ -31,7 +31,7 @@ from mm_autofocus.models.nets import build_net  # noqa: E402
 from mm_autofocus.models.nets.base import NetContext  # noqa: E402
 from mm_autofocus.training.fields import Field  # noqa: E402
 from mm_autofocus.training.lens_fit import _Answer, fit_lens, lens_model  # noqa: E402
-from mm_autofocus.training.options import TheoryOptions, read_options  # noqa: E402
+from mm_autofocus.training.options import TheoryOptions, merge_sets, read_options  # noqa: E402
 from mm_autofocus.training.samples import PatchSource  # noqa: E402
 from mm_autofocus.training.spectra_first import learn, spectra_first  # noqa: E402
 from mm_autofocus.training.spectra_theory import SpectraByTheory  # noqa: E402
@@ -308,6 +308,26 @@ def test_a_net_that_nobody_tells_is_not_trained(tmp_path: Path) -> None:
     known = [replace(s, lens={"sigma": 0.75}) for s in silent.stacks]
     job = prepare(Dataset(silent.path, silent.meta, known), tmp_path / "run", options)
     assert job.patches[0]["lens"].tolist() == [1, 1]
+
+
+def test_what_the_stacks_lack_is_said_before_the_stage_moves(
+    dataset: Dataset, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def opened(*_: Any) -> None:
+        raise AssertionError("the microscope was opened")
+
+    monkeypatch.setattr("mm_autofocus.calibrating.open_core", opened)
+    one = Dataset(dataset.path, dataset.meta, dataset.stacks[:1])
+    monkeypatch.setattr(Dataset, "open", lambda _: one)
+    words = ["calibrate", str(dataset.path), "--config", "virtual_slide.cfg", "--model", MODEL]
+    assert code_of_command(*words, "--fit-lens", str(tmp_path / "new.onnx")) == 2
+    assert "at least 2 fields" in capsys.readouterr().err
+
+
+def test_the_option_that_the_readme_names() -> None:
+    sets = cli.parse_sets(["net.lens={sigma: [0.45, 0.75]}", "net.spectra=8"])
+    options = read_options(merge_sets({}, sets))
+    assert build_net("sparsefocus", context(), options.net).lens == {"sigma": (0.45, 0.75)}
 
 
 def test_one_field_is_too_few(dataset: Dataset) -> None:

@@ -156,11 +156,9 @@ class _PatchModel(ABC):
         frames = prepare(self.card, images, max_value=max_value, pixel_size_um=pixel_size_um)
         mosaic = frames.mosaic()
         score, reasons = self._unlike(frames, mosaic, max_value, pixel_size_um)
-        importance, threshold = self._worth(mosaic, frames.max_value)
-        k = None
-        if self.card.importance is not None and not every_patch:
-            k = self.card.importance.k
-        cells, content, sparsity = consensus.choose(importance, threshold, k)
+        importance, (cells, content, sparsity) = self._choose(
+            mosaic, frames.max_value, every_patch=every_patch
+        )
         total = importance.size
         sd: Real | None = None
         values = np.empty(0, np.float32)
@@ -208,6 +206,16 @@ class _PatchModel(ABC):
         cells = np.argwhere(np.ones(frames.corners.shape[:2], bool))
         k = len(cells) if card.importance is None else card.importance.k.dense
         self._patches(normalise(card, frames.cut(cells[:k]), 255.0))
+
+    def _choose(
+        self, mosaic: Real, max_value: float, *, every_patch: bool = False
+    ) -> tuple[Real, tuple[Index, int, consensus.Sparsity]]:
+        """Importance of the patches, and what `consensus.choose` makes of it."""
+        importance, threshold = self._worth(mosaic, max_value)
+        k = None
+        if self.card.importance is not None and not every_patch:
+            k = self.card.importance.k
+        return importance, consensus.choose(importance, threshold, k)
 
     def _worth(self, mosaic: Real, max_value: float) -> tuple[Real, float]:
         """Importance of the patches, and from where on they carry content."""
@@ -301,9 +309,7 @@ class OnnxModel(_PatchModel):
             Value at which the camera saturates.
         """
         frames = prepare(self.card, images, max_value=max_value)
-        worth, threshold = self._worth(frames.mosaic(), frames.max_value)
-        k = None if self.card.importance is None else self.card.importance.k
-        cells, _, _ = consensus.choose(worth, threshold, k)
+        _, (cells, _, _) = self._choose(frames.mosaic(), frames.max_value)
         return normalise(self.card, frames.cut(cells[:most]), frames.max_value)
 
     def _patches(self, x: Real) -> tuple[Real, Real | None]:

@@ -15,7 +15,7 @@ from mm_autofocus.models import ood
 from mm_autofocus.models.card import ErrorModel
 from mm_autofocus.models.consensus import raw_error
 from mm_autofocus.models.patches import grid, mosaic
-from mm_autofocus.training.fields import Field, read_looks
+from mm_autofocus.training.fields import Field, evenly, read_looks
 from mm_autofocus.training.importance import importance_of, share
 from mm_autofocus.training.planes import PlaneReader, max_value_of
 
@@ -84,9 +84,7 @@ def _frames(fields: Sequence[Field], most: int) -> list[tuple[Field, int]]:
     chosen = []
     for i, of in enumerate(fields):
         order = np.argsort(of.defocus_um, kind="stable")
-        n = min(per, len(order))
-        at = (np.arange(n) + (i * 0.618) % 1) / n * len(order)
-        chosen += [(of, int(k)) for k in order[at.astype(int)]]
+        chosen += [(of, int(k)) for k in order[evenly(len(order), per, i)]]
     if len(chosen) > most:
         keep = np.linspace(0, len(chosen) - 1, most).round().astype(int)
         chosen = [chosen[k] for k in keep]

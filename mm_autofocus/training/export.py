@@ -215,11 +215,11 @@ def write_onnx(net: DefocusNet, card: ModelCard, path: Path, *, half: bool = Fal
         outputs.append("importance")
         axes["mosaic"] = {0: "frames", 2: "height", 3: "width"}
         axes["importance"] = {0: "frames", 1: "rows", 2: "columns"}
-    graph = _graph(net, card)
+    graph = _graph(net, card, names)
     write_graph(graph, inputs, names, outputs, axes, card, path, half=half, usual=usual)
 
 
-def _graph(net: DefocusNet, card: ModelCard) -> Any:
+def _graph(net: DefocusNet, card: ModelCard, names: list[str]) -> Any:
     from torch import Tensor, nn
 
     class Graph(nn.Module):
@@ -230,11 +230,12 @@ def _graph(net: DefocusNet, card: ModelCard) -> Any:
             self.net = net
 
         def forward(self, patches: Tensor, *others: Tensor) -> Any:
-            told, others = others[: card.lens is not None], others[card.lens is not None :]
+            given = dict(zip(names[1:], others, strict=True))
+            told = [] if card.lens is None else [given[card.lens.input]]
             defocus, log_sd, _ = self.net(patches, *told)
-            if not others or self.net.rin is None:
+            if "mosaic" not in given or self.net.rin is None:
                 return defocus, log_sd.exp()
-            return defocus, log_sd.exp(), self.net.rin(others[0]).sigmoid()
+            return defocus, log_sd.exp(), self.net.rin(given["mosaic"]).sigmoid()
 
     return Graph().eval().float().cpu()
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Real: TypeAlias = npt.NDArray[np.float32]
     Index: TypeAlias = npt.NDArray[np.intp]
 
-__all__ = ["Field", "fields_of", "looks_of", "range_of", "read_looks"]
+__all__ = ["Field", "evenly", "fields_of", "looks_of", "range_of", "read_looks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,14 @@ def _no_looks(stacks: Sequence[Stack], looks_um: Sequence[float], tolerance: flo
         f"to each other within {tolerance:g} µm (look_tolerance_um) and in the range; the "
         f"planes are {' or '.join(f'{s:g}' for s in steps[:3])} µm apart"
     )
+
+
+def evenly(count: int, most: int, turn: int) -> Index:
+    """At most `most` of `count` things in a row, evenly; other ones at each turn."""
+    n = min(most, count)
+    if not n:
+        return np.empty(0, np.intp)
+    return ((np.arange(n) + (turn * 0.618) % 1) / n * count).astype(np.intp)
 
 
 def read_looks(

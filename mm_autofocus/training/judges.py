@@ -28,6 +28,7 @@ __all__ = [
     "look_error",
     "looks_at",
     "show",
+    "top_of",
 ]
 
 
@@ -125,13 +126,17 @@ class ModelJudge:
 
     def __call__(self, images: Sequence[Image], stack: Planes) -> Prediction:
         """Predict."""
-        bits = stack.bit_depth
         return self.model.predict(
             images,
-            max_value=None if bits is None else float(2**bits - 1),
+            max_value=top_of(stack),
             every_patch=self.every_patch,
             pixel_size_um=stack.known_optics().pixel_size_um,
         )
+
+
+def top_of(stack: Planes) -> float | None:
+    """Value at which the camera of a stack saturates; None: its bits are not known."""
+    return None if stack.bit_depth is None else float(2**stack.bit_depth - 1)
 
 
 def looks_at(z_um: Sequence[float], offsets: Sequence[float]) -> dict[int, tuple[int, ...]]:
@@ -182,9 +187,7 @@ def check_stack(model: FocusModel, stack: Planes) -> None:
     InputError
         Other channels, less than one patch, another bit depth or pixel size.
     """
-    bits = stack.bit_depth
-    pixel = stack.known_optics().pixel_size_um
-    top = None if bits is None else float(2**bits - 1)
+    pixel, top = stack.known_optics().pixel_size_um, top_of(stack)
     try:
         model.card.check_frame(tuple(stack.shape[1:]), max_value=top, pixel_size_um=pixel)
     except InputError as e:

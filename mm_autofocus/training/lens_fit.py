@@ -11,7 +11,6 @@ What is stated of the copy is found on fields that the fit did not see.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,23 +22,23 @@ from scipy.stats import qmc
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.models.card import KEY, UNSEALED, ErrorModel, ModelCard
-from mm_autofocus.models.importing import load_model, onnx_of
+from mm_autofocus.models.importing import load_model
 from mm_autofocus.models.lens import code_of, values_of
 from mm_autofocus.models.runtime import OnnxModel
 from mm_autofocus.models.sealing import seal
 from mm_autofocus.training.error_fit import Seen, fit_errors, seen_of
-from mm_autofocus.training.judges import ModelJudge, check_stack, looks_at
+from mm_autofocus.training.fields import evenly
+from mm_autofocus.training.judges import ModelJudge, check_stack, looks_at, top_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from mm_autofocus.training.dataset import Dataset
     from mm_autofocus.training.judges import Planes
 
     Real: TypeAlias = npt.NDArray[np.float32]
     Floats: TypeAlias = npt.NDArray[np.float64]
 
-__all__ = ["LensFit", "fit_lens", "fit_to", "lens_model", "write_lens"]
+__all__ = ["LensFit", "check_stacks", "fit_lens", "lens_model", "write_lens"]
 
 _FRAMES, _EACH = 240, 8  # that are looked at, of all stacks; and patches of each, at most
 _TRIES = 64  # lenses, evenly over all ranges, of which the best is refined
@@ -76,6 +75,11 @@ class LensFit:
     fields: int
     error: ErrorModel
 
+    @property
+    def helps(self) -> bool:
+        """Whether it is better to be told."""
+        return self.mae_um < self.mae_before_um
+
     def to_json(self) -> dict[str, Any]:
         """The part ``lens`` of what ``mm-autofocus calibrate --json`` prints."""
         return {
@@ -111,6 +115,24 @@ def lens_model(name_or_path: str | Path) -> OnnxModel:
     return model
 
 
+def check_stacks(model: OnnxModel, stacks: Sequence[Planes]) -> None:
+    """Check that a lens can be found by these stacks.
+
+    Raises
+    ------
+    InputError
+        Too few fields, or frames that the model cannot be shown.
+    """
+    fields = len({s.group for s in stacks})
+    if fields < _FOLDS:
+        raise InputError(
+            f"--fit-lens: needs labelled stacks of at least {_FOLDS} fields, for what is found "
+            f"by one is checked on another; there are {fields}"
+        )
+    for stack in stacks:
+        check_stack(model, stack)
+
+
 def fit_lens(
     model: OnnxModel,
     stacks: Sequence[Planes],
@@ -135,15 +157,11 @@ def fit_lens(
     Raises
     ------
     InputError
-        Too few fields, or too little in them.
+        As `check_stacks`, or there is too little in the fields.
     """
     say = progress or (lambda _: None)
+    check_stacks(model, stacks)
     groups = sorted({s.group for s in stacks})
-    if len(groups) < _FOLDS:
-        raise InputError(
-            f"--fit-lens: needs labelled stacks of at least {_FOLDS} fields, for what is found "
-            f"by one is checked on another; there are {len(groups)}"
-        )
     order = np.random.default_rng([seed, 7]).permutation(len(groups))
     fold = {groups[g]: k % _FOLDS for k, g in enumerate(order)}
     answer = _Answer(model)
@@ -309,45 +327,32 @@ def _before(nodes: Sequence[Any], names: Sequence[str]) -> set[str]:
     return needed
 
 
-def write_lens(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    fit: LensFit,
-    *,
-    data: str,
-    overwrite: bool = False,
-) -> Path:
-    """Write a copy of a model that holds a lens.
+def write_lens(model: OnnxModel, output: Path, fit: LensFit, *, data: str) -> None:
+    """Write a copy of a model that holds a lens; whatever is there is replaced.
 
     Parameters
     ----------
-    source : path or str
-        The model, or its name.
-    output : path
+    model : OnnxModel
+        From `lens_model`.
+    output : Path
         ``*.onnx`` to write.
     fit : LensFit
         What it is to hold.
     data : str
         Name of the stacks, for the card.
-    overwrite : bool, optional
-        Whether an existing file may be replaced.
 
     Raises
     ------
     InputError
-        The file is there already.
+        The card of the model lies beside it.
     """
     import onnx
     from onnx import numpy_helper
 
-    output = Path(output)
-    if output.exists() and not overwrite:
-        raise InputError(f"{output}: exists already; use --overwrite or another name")
-    file = onnx_of(source if isinstance(source, str) else Path(source))
-    assert file is not None
-    card = OnnxModel(file).card
+    card = model.card
     assert card.lens is not None
-    graph = onnx.load(file)
+    assert model.net.path is not None
+    graph = onnx.load(model.net.path)
     for usual in graph.graph.initializer:
         if usual.name == card.lens.input:
             usual.CopyFrom(numpy_helper.from_array(fit.code[None], usual.name))
@@ -362,49 +367,6 @@ def write_lens(
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
-    return output
-
-
-def fit_to(
-    model: str,
-    data: Dataset,
-    output: Path,
-    *,
-    seed: int = 0,
-    progress: Callable[[str], None] | None = None,
-) -> tuple[LensFit, Path | None]:
-    """Fit a model to the labelled stacks of a dataset, and write the copy if it is better.
-
-    Parameters
-    ----------
-    model : str
-        Its name or path.
-    data : Dataset
-        The stacks.
-    output : Path
-        To write; whatever is there is replaced.
-    seed, progress
-        As for `fit_lens`.
-
-    Returns
-    -------
-    fit : LensFit
-    file : Path | None
-        What was written.
-
-    Raises
-    ------
-    InputError
-        As `fit_lens`; or the model cannot be shown these stacks.
-    """
-    chosen = lens_model(model)
-    stacks = data.labelled
-    for stack in stacks:
-        check_stack(chosen, stack)
-    found = fit_lens(chosen, stacks, seed=seed, progress=progress)
-    if found.mae_um >= found.mae_before_um:
-        return found, None
-    return found, write_lens(model, output, found, data=data.path.name, overwrite=True)
 
 
 def _card_with(card: ModelCard, fit: LensFit, name: str, data: str) -> ModelCard:
@@ -432,9 +394,7 @@ def _chosen(
         sets = looks_at(stack.z_um, model.card.looks_um)
         true = {k: float(stack.defocus_um[k]) for k in sets}
         inside = sorted((d, k) for k, d in true.items() if low <= d <= high)
-        n = min(per, len(inside))
-        at = (np.arange(n) + (i * 0.618) % 1) / n * len(inside) if n else np.empty(0)
-        for j in at.astype(int):
+        for j in evenly(len(inside), per, i):
             yield i, sets[inside[j][1]], inside[j][0]
 
 
@@ -444,7 +404,7 @@ def _evidence(
     found, label, fold = [], [], []
     for i, planes, defocus in _chosen(model, stacks):
         looks = [stacks[i].plane(p) for p in planes]
-        some = model.content_patches(looks, _EACH, max_value=_max_value(stacks[i]))
+        some = model.content_patches(looks, _EACH, max_value=top_of(stacks[i]))
         found.append(answer.see(some))
         label += [defocus] * len(some)
         fold += [folds[i]] * len(some)
@@ -461,10 +421,6 @@ def _judged(model: OnnxModel, stacks: Sequence[Planes]) -> Seen:
             for i, planes, defocus in _chosen(model, stacks)
         ]
     )
-
-
-def _max_value(stack: Planes) -> float | None:
-    return None if stack.bit_depth is None else float(2**stack.bit_depth - 1)
 
 
 def _mae(seen: Seen) -> float:

@@ -104,10 +104,9 @@ def recommend(
 
     if images is not None:
         looks, patch = images.sign.looks_um, images.patch_px
-        if looks is not None:
-            strategy = "one-shot" if len(looks) == 1 else "two-look"
     if tried is not None:
         looks, patch = tried[0].looks_um, tried[0].patch_px
+    if looks is not None:
         strategy = "one-shot" if len(looks) == 1 else "two-look"
     learned = strategy != "hill-climb"
     settings["strategy"] = strategy if model and learned else "hill-climb"

@@ -20,6 +20,7 @@ from mm_autofocus.models.patches import CELL_PX, grid
 from mm_autofocus.training.augment import AugmentOptions, allowed_turn, augment, turn
 from mm_autofocus.training.fields import (
     Field,
+    evenly,
     fields_of,
     looks_of,
     range_of,
@@ -245,10 +246,8 @@ def validation_patches(
         if not len(good) or not of.stack.labelled:
             continue
         order = np.argsort(of.defocus_um, kind="stable")
-        n = min(planes, len(order))
         # not the same ones of each field: every defocus has its turn
-        at = (np.arange(n) + (i * 0.618) % 1) / n * len(order)
-        for k in order[at.astype(int)]:
+        for k in order[evenly(len(order), planes, i)]:
             frames.append([(i, int(k), int(y), int(x)) for y, x in corners[good]])
     total = sum(len(f) for f in frames)
     if total > most:
