@@ -67,8 +67,9 @@ class Recipe:
         The stacks begin at a random z in this range about the middle.
     pictures : tuple of str
         Those of `PICTURES` that are no tissue.
-    blur_px : float
-        Each colour of a picture is blurred by up to so much (standard deviation): lenses that
+    blur_px, aside_px : float
+        Each colour of a picture is blurred by up to so much (standard deviation), and moved
+        aside by chance (standard deviation along each axis up to so much): lenses that
         photographs were taken by favour one colour or another, and few pictures all the same.
     """
 
@@ -80,16 +81,22 @@ class Recipe:
     one_sparsity: bool = False
     pictures: tuple[str, ...] = OTHER_PICTURES
     blur_px: float = 0.0
+    aside_px: float = 0.0
 
 
-def blurred(picture: str, sd_px: float, rng: np.random.Generator, path: Path) -> str:
-    """Write a picture with each colour blurred by chance; return where."""
+def photographed(picture: str, recipe: Recipe, rng: np.random.Generator, path: Path) -> str:
+    """Write a picture as another lens would have shown its colours; return where."""
     read = cv2.imread(picture) if picture else immunohistochemistry()[..., ::-1]
     colours = cv2.split(np.ascontiguousarray(read))
-    sds = rng.uniform(0.05, sd_px, 3)
+    blurs = rng.uniform(0.05, recipe.blur_px, 3)
+    moves = rng.normal(0, 1, (3, 2)) * rng.uniform(0, recipe.aside_px)
+    shown = []
+    for colour, blur, (x, y) in zip(colours, blurs, moves, strict=True):
+        size, move = colour.shape[::-1], np.array([[1, 0, x], [0, 1, y]])
+        how = {"flags": cv2.INTER_CUBIC, "borderMode": cv2.BORDER_REFLECT}
+        shown.append(cv2.GaussianBlur(cv2.warpAffine(colour, move, size, **how), (0, 0), blur))
     path.parent.mkdir(parents=True, exist_ok=True)
-    soft = [cv2.GaussianBlur(c, (0, 0), s) for c, s in zip(colours, sds, strict=True)]
-    cv2.imwrite(str(path), cv2.merge(soft))
+    cv2.imwrite(str(path), cv2.merge(shown))
     return str(path)
 
 
@@ -154,7 +161,7 @@ def collect_share(recipe: Recipe, folder: Path, stacks: int, job: int, jobs: int
             kind, picture = kind_of(rng, recipe.pictures)
             if kind == "picture" and recipe.blur_px:
                 file = folder.with_name("pictures") / f"{seed}.png"
-                picture = blurred(picture, recipe.blur_px, rng, file)
+                picture = photographed(picture, recipe, rng, file)
             drawn = draw(seed, kind, picture=picture)
             drawn.apply(scope)
             px = large if rng.uniform() < recipe.large else small

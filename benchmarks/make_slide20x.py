@@ -34,12 +34,14 @@ RECIPE = Recipe(
     large=0.05,
     offset_um=(-2.0, 0.2),
     one_sparsity=True,
-    # Many: colours that the lens of a photographer has blurred look like the blur of this one.
+    # Many: colours that the lens of a photographer has blurred, or moved aside, look like those
+    # that this one has blurred.
     pictures=(
         *OTHER_PICTURES, "astronaut.png", "chelsea.png", "hubble_deep_field.jpg",
         "motorcycle_left.png", "rocket.jpg",
     ),
     blur_px=0.6,
+    aside_px=1.0,
 )  # fmt: skip
 
 TRAIN = {

@@ -133,7 +133,7 @@ def test_its_pupil_is_that_of_the_optics() -> None:
 def test_photographs_have_colours_of_their_own() -> None:
     theory = SpectraByTheory(context((0.0,), 3), TheoryOptions(patches=1), 1)
     theory[0]  # it draws from the dice of a draw
-    lens, slide = theory._lens(600), theory._specimen(600)
+    slide = theory._specimen(600)
     made = theory._photographed(slide)
     photo = made["rms"][:, 3] > 0
     assert 0.2 < photo.float().mean() < 0.4
@@ -142,14 +142,42 @@ def test_photographs_have_colours_of_their_own() -> None:
     assert (made["blur"][~photo] == 0).all()
     assert made["blur"][photo].mean() > 0.05
     assert (made["alike"][photo] == 1).all()
-    f, blur = np.array([0.1, 0.5, 1.0]), torch.tensor([[0.2, 0.0, 0.1]]).expand(600, -1)
-    seen = {}
-    for name, of in (("sharp", slide), ("soft", slide | {"blur": blur})):
+    assert made["chroma"][~photo].max() == made["apart"][~photo].max() == 0
+    assert made["chroma"][photo].max() > 0.4
+    assert made["apart"][photo].max() > 0.5
+
+
+def test_a_photographer_blurs_each_colour_moves_it_and_makes_fine_colours_grey() -> None:
+    theory = SpectraByTheory(context((0.0,), 3), TheoryOptions(patches=1), 1)
+    theory[0]  # it draws from the dice of a draw
+    lens, slide = theory._lens(20), theory._specimen(20)
+    f = np.array([0.1, 0.5, 1.0])
+
+    def seen(**photo: torch.Tensor) -> torch.Tensor:
         theory._rng = np.random.default_rng(3)
-        seen[name] = theory._by_texture(lens, of, torch.zeros(600, 1), (0.0,), f, 3)
-    passed = torch.exp(-2 * np.pi**2 * blur[0].square() * torch.tensor(f)[:, None].square())
+        of = slide | {k: v.expand(20, *v.shape) for k, v in photo.items()}
+        return theory._by_texture(lens, of, torch.zeros(20, 1), (0.0,), f, 3)
+
+    sharp, wave = seen(), torch.tensor(f)[:, None, None]
+    blur = torch.tensor([0.2, 0.0, 0.1])
+    passed = torch.exp(-2 * np.pi**2 * blur.square() * wave[:, 0].square())
     both = (passed[:, :, None] * passed[:, None, :])[None, :, None].float()
-    torch.testing.assert_close(seen["soft"], seen["sharp"] * both, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(seen(blur=blur), sharp * both, rtol=1e-4, atol=1e-7)
+
+    # a shift turns the phase of a wave by its length along it; of all directions the mean
+    places = torch.tensor([[0.0, 0.0], [0.3, 0.0], [0.0, -0.2]])
+    apart = (places[:, None] - places[None]).norm(dim=2)
+    angle = torch.arange(720) * np.pi / 360
+    turned = torch.cos(2 * np.pi * (wave * apart)[..., None] * torch.cos(angle)).mean(-1)
+    factor = turned[None, :, None].float()
+    torch.testing.assert_close(seen(apart=apart), sharp * factor, rtol=1e-4, atol=1e-6)
+
+    # colours all alike where they are fine, and as they were where they are coarse
+    grey = slide["absorbance"].mean(2, keepdim=True).expand(-1, -1, 3)
+    chroma = seen(chroma=torch.tensor([2.0]))
+    slide["absorbance"] = grey
+    torch.testing.assert_close(chroma[:, 1:], seen()[:, 1:], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(chroma[:, 0], seen()[:, 0], rtol=1e-2)
 
 
 def test_a_net_that_learned_before_keeps_what_it_finds_usual() -> None:

@@ -17,8 +17,8 @@ symmetric source (Streibl, *J. Opt. Soc. Am. A* 2 (1985) 121). The source is tha
 
 **Specimen.** Two layers of three isotropic textures: two stains, each with phase of its own,
 and one of phase only. Strength, colour, slope, bends and grain of each are drawn. In colour,
-some specimens are what simulators make of photographs: there each colour has been blurred by
-a lens already, and has something of its own.
+some specimens are what simulators make of photographs: there each colour has been blurred and
+moved aside by a lens already, and has something of its own.
 
 **Patch.** Means over rings of the power of windowed tiles: the expectation follows from the
 covariance of the texture by the window's leakage, the scatter is that of Wishart's distribution
@@ -341,14 +341,18 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
     def _photographed(self, slide: Lens) -> Lens:
         """Make some of the slides such as photographs of tissue are.
 
-        The lens that took one blurred its colours by different amounts, and its compression
-        gave each something of its own; its depth is not known, so that all layers are alike.
+        The lens that took one blurred its colours by different amounts and moved them aside,
+        and its compression made what is fine alike in all colours and gave each something of
+        its own; its depth is not known, so that all layers are alike.
         """
         rng, n, colours = self._rng, len(slide["rms"]), len(self._waves_um)
         photo = rng.random((n, 1)) < _PHOTOGRAPHS
-        part = np.exp(rng.uniform(math.log(0.02), math.log(0.5), (n, 1))) * photo
+        part = np.exp(rng.uniform(math.log(0.02), 0, (n, 1))) * photo
         strength = slide["rms"][:, :2].square().sum(1, keepdim=True).sqrt()
-        blur = rng.uniform(0, 0.25, (n, 1)) + rng.normal(0, 0.05, (n, colours))
+        uneven = rng.uniform(0.02, 0.12, (n, 1))
+        blur = rng.uniform(0, 0.25, (n, 1)) + rng.normal(0, 1, (n, colours)) * uneven
+        chroma = rng.uniform(0, 0.5, (n, 1)) * (rng.random((n, 1)) < 0.5)
+        aside = rng.normal(0, 1, (n, colours, 2)) * rng.uniform(0, 0.25, (n, 1, 1))
         path = rng.uniform(0, 0.05, (n, 1)) * np.ones(colours)
         own = {
             "absorbance": 0.6 * _LN10 * torch.eye(colours).expand(n, -1, -1),
@@ -358,7 +362,12 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         }
         slide = slide | {k: torch.cat([slide[k], v], 1) for k, v in own.items()}
         slide["alike"] = torch.where(torch.from_numpy(photo), 1.0, slide["alike"])
-        return slide | {"blur": _tensor(blur.clip(0) * photo)}
+        apart = np.linalg.norm(aside[:, :, None] - aside[:, None], axis=3)
+        return slide | {
+            "blur": _tensor(blur.clip(0) * photo),
+            "chroma": _tensor(chroma * photo),
+            "apart": _tensor(apart * photo[..., None]),
+        }
 
     def _regions(self, slide: Lens, each: int) -> Lens:
         """Patches of slides: ``textures (n, each, T, F)``, ``rms``, ``filled``, ``level``.
@@ -510,18 +519,21 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         """By one unit of each texture and of light, ``(B · K, F, T, planes, planes)``."""
         slide = _repeated(slide, defocus_um.shape[1])
         f = _tensor(frequency)
+        absorbance = slide["absorbance"][..., None]  # (B, textures, colours, F or 1)
+        if "chroma" in slide:
+            grey = absorbance.mean(2, keepdim=True)
+            absorbance = grey + (absorbance - grey) * _soft(slide["chroma"][..., None, None], f)
         turn = (torch.arange(angles) + float(self._rng.random())) * math.pi / angles
         planes = []
         for look in looks:
             for c, wave in enumerate(self._waves_um):
-                absorbs = slide["absorbance"][:, :, c, None, None]
+                absorbs = absorbance[:, :, c, None]
                 delays = slide["path"][:, :, None, None] * 4 * math.pi / wave
                 layers = self._transfer(f, defocus_um + look, lens, wave, turn)
                 passed = [absorbs * re[:, None] + delays * im[:, None] for re, im in layers]
                 seen = torch.stack(passed, 1)
                 if "blur" in slide:
-                    blur = slide["blur"][:, c, None, None, None, None] * f
-                    seen = seen * torch.exp(-2 * math.pi**2 * blur.square())
+                    seen = seen * _soft(slide["blur"][:, c, None, None, None, None], f)
                 planes.append(seen)
         one = torch.stack(planes, 1)  # (B · K, planes, layers, textures, angles, F)
         # what both layers have in common, and what they have not
@@ -530,6 +542,10 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         own = (one[:, :, 0] - one[:, :, 1]) * ((1 - alike) / 4).sqrt()
         rows = torch.cat([common, own], 3).permute(0, 4, 2, 1, 3)
         product: Tensor = rows @ rows.transpose(3, 4) / angles
+        if "apart" in slide:
+            # mean of a wave's cosine over all directions
+            apart = slide["apart"].repeat(1, len(looks), len(looks))[:, None] * f[:, None, None]
+            product = product * torch.special.bessel_j0(2 * math.pi * apart)[:, :, None]
         return product
 
     def _focus(self, lens: Lens, specimen: Lens, textures: Tensor) -> Tensor:
@@ -670,6 +686,11 @@ def _mixing(gain: Tensor, crosstalk: Tensor, colours: int, looks: int) -> Tensor
     if colours == 3:
         one = one * (1 - 3 * crosstalk)[:, None, None] + crosstalk[:, None, None]
     return torch.kron(torch.eye(looks)[None], one * gain[:, None, None])
+
+
+def _soft(sd_um: Tensor, frequency: Tensor) -> Tensor:
+    """What a Gaussian blur leaves of waves."""
+    return torch.exp(-2 * math.pi**2 * (sd_um * frequency).square())
 
 
 def _disc(x: Real) -> Real:
