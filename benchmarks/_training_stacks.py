@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core while collecting
@@ -66,7 +66,7 @@ class Recipe:
     offset_um : (float, float)
         The stacks begin at a random z in this range about the middle.
     pictures : tuple of str
-        Those of `PICTURES` that are no tissue.
+        Those of `PICTURES` that are no tissue, and others by their whole path.
     blur_px, aside_px : float
         Each colour of a picture is blurred by up to so much (standard deviation), and moved
         aside by chance (standard deviation along each axis up to so much): lenses that
@@ -82,6 +82,33 @@ class Recipe:
     pictures: tuple[str, ...] = OTHER_PICTURES
     blur_px: float = 0.0
     aside_px: float = 0.0
+
+
+def with_photographs(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """Add the pictures of a folder, at half their size.
+
+    Cameras interpolate colours, and compression leaves blocks of 8 pixels: halved, little of
+    either is left.
+    """
+    if args.photographs is None:
+        return recipe
+    kinds = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+    files = sorted(p for p in args.photographs.glob("*") if p.suffix.lower() in kinds)
+    if not files:
+        allowed = ", ".join(kinds)
+        raise SystemExit(f"--photographs {args.photographs}: no picture in it ({allowed})")
+    halved = []
+    for file in files:
+        path = args.output / "photographs" / f"{file.stem}.png"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soft = cv2.GaussianBlur(cv2.imread(str(file)), (0, 0), 1.2)
+            half = cv2.resize(soft, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+            own = path.with_suffix(f".{os.getpid()}.png")  # several processes want it
+            cv2.imwrite(str(own), half)
+            own.replace(path)
+        halved.append(str(path))
+    return replace(recipe, pictures=(*recipe.pictures, *halved))
 
 
 def photographed(picture: str, recipe: Recipe, rng: np.random.Generator, path: Path) -> str:
@@ -193,12 +220,12 @@ def command(*args: object) -> None:
     subprocess.run([own, *words], check=True, env=environment)
 
 
-def collect_all(script: str, output: Path, stacks: int, jobs: int) -> Path:
-    """Collect in several processes, each into a dataset of its own, and join these."""
+def collect_all(output: Path, jobs: int) -> Path:
+    """Collect in several processes of the script, each into its own dataset; join these."""
     dataset = output / "dataset"
     shares = [output / f"share{k}" for k in range(jobs)]
-    own = [sys.executable, script, "-o", output, "--stacks", stacks, "--jobs", jobs, "--job"]
-    workers = [subprocess.Popen([*map(str, own), str(k)]) for k in range(jobs)]
+    own = [sys.executable, *sys.argv, "--jobs", str(jobs), "--job"]
+    workers = [subprocess.Popen([*own, str(k)]) for k in range(jobs)]
     codes = [worker.wait() for worker in workers]  # all of them, whichever fails first
     if any(codes):
         raise SystemExit("collecting failed")
@@ -245,6 +272,9 @@ def arguments(summary: str, *, stacks: int, minutes: float, size: str) -> argpar
     parser.add_argument("-o", "--output", type=Path, required=True, help=f"folder, {size}")
     parser.add_argument("--stacks", type=int, default=stacks)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--photographs", type=Path, help="folder of further pictures to make specimens of"
+    )
     parser.add_argument("--minutes", type=float, default=minutes, help="of training, each")
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -19,6 +19,7 @@ from _training_stacks import (
     collect_share,
     command,
     train_stages,
+    with_photographs,
 )
 
 RECIPE = Recipe(
@@ -72,10 +73,11 @@ def main() -> None:
     )
     if args.job is not None:
         folder = args.output / f"share{args.job}"
-        collect_share(RECIPE, folder, args.stacks, args.job, args.jobs)
+        recipe = with_photographs(RECIPE, args)
+        collect_share(recipe, folder, args.stacks, args.job, args.jobs)
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    dataset = collect_all(__file__, args.output, args.stacks, args.jobs)
+    dataset = collect_all(args.output, args.jobs)
     for name, (net, own) in MODELS.items():
         stages = [
             {**TRAIN, **more, **own, "max_minutes": part * args.minutes}

@@ -449,7 +449,7 @@ def _colour(channels: int) -> str:
 
 
 def _known(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _print_json(document: Any) -> None:

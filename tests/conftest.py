@@ -12,6 +12,24 @@ from pymmcore_plus import CMMCorePlus
 
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "acquisition_plans"
+# Files that take longest: first, so that at the end no worker waits for another's last one
+# (`pytest -n 2 --dist loadfile --no-loadscope-reorder`).
+LONG = (
+    "test_readme.py",
+    "test_demo.py",
+    "test_refocus_live.py",
+    "test_faults.py",
+    "test_demo_two_shot.py",
+    "test_plans.py",
+    "test_train.py",
+    "test_collect.py",
+    "test_refocus_nets.py",
+    "test_strategies.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda i: LONG.index(i.path.name) if i.path.name in LONG else len(LONG))
 
 
 @pytest.fixture
