@@ -97,16 +97,18 @@ def with_photographs(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     if not files:
         allowed = ", ".join(kinds)
         raise SystemExit(f"--photographs {args.photographs}: no picture in it ({allowed})")
-    halved = []
+    folder, halved = args.output / "photographs", []
     for file in files:
-        path = args.output / "photographs" / f"{file.stem}.png"
+        path = folder / f"{file.name}.png"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            soft = cv2.GaussianBlur(cv2.imread(str(file)), (0, 0), 1.2)
+            whole = cv2.imread(str(file))
+            if whole is None:
+                raise SystemExit(f"--photographs {file}: no picture that OpenCV reads")
+            folder.mkdir(parents=True, exist_ok=True)
+            soft = cv2.GaussianBlur(whole, (0, 0), 1.2)
             half = cv2.resize(soft, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-            own = path.with_suffix(f".{os.getpid()}.png")  # several processes want it
-            cv2.imwrite(str(own), half)
-            own.replace(path)
+            cv2.imwrite(str(folder / "new.png"), half)
+            (folder / "new.png").replace(path)
         halved.append(str(path))
     return replace(recipe, pictures=(*recipe.pictures, *halved))
 

@@ -71,9 +71,10 @@ def main() -> None:
     args = arguments(
         __doc__.splitlines()[0], stacks=1600, minutes=180, size="some 7 MB a stack"
     )
+    # by the first process, before the others: they find them halved
+    recipe = with_photographs(RECIPE, args)
     if args.job is not None:
         folder = args.output / f"share{args.job}"
-        recipe = with_photographs(RECIPE, args)
         collect_share(recipe, folder, args.stacks, args.job, args.jobs)
         return
     args.output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pymmcore_plus import CMMCorePlus
 
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "acquisition_plans"
-# Files that take longest: first, so that at the end no worker waits for another's last one
+# Files that take longest: first, so that no worker waits long for the last one of another
 # (`pytest -n 2 --dist loadfile --no-loadscope-reorder`).
 LONG = (
     "test_readme.py",
