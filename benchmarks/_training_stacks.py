@@ -12,12 +12,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core while collecting
 
 import cv2
 import numpy as np
 import skimage
+import tifffile
 import useq
 from mm_autofocus.config import close_core, open_core
 from mm_autofocus.errors import InputError
@@ -29,6 +31,9 @@ from mm_autofocus.sim.truth import microscope_of
 from mm_autofocus.training.collect import collect
 from mm_autofocus.training.dataset import read_meta
 from skimage.data import immunohistochemistry
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 PIXEL_UM = 0.325
 OPTICS = {"na": 0.75, "magnification": 20}
@@ -43,6 +48,13 @@ PICTURES = Path(skimage.__file__).parent / "data"
 TISSUE_PICTURE = ""
 OTHER_PICTURES = ("coffee.png", "retina.jpg", "grass.png", "gravel.png")
 SPARSITIES = ("dense", "sparse", "extremely-sparse")
+_LEAST_PICTURE_PX = 400  # that pictures are made smaller to
+_MOST_PICTURE_PX = 1200  # that are cut out of larger ones
+_SAMPLING = (
+    cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+    cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,
+    cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
+)
 KINDS = (("tissue", 0.55), ("smear", 0.17), ("tissue picture", 0.16), ("other picture", 0.12))
 
 
@@ -71,6 +83,10 @@ class Recipe:
         Each colour of a picture is blurred by up to so much (standard deviation), and moved
         aside by chance (standard deviation along each axis up to so much): lenses that
         photographs were taken by favour one colour or another, and few pictures all the same.
+    raised : float
+        Of half of the pictures what is fine is raised, by up to so much of it.
+    quality : (int, int) or None
+        Half of the pictures are compressed (JPEG), with a quality in this range.
     """
 
     planes_um: tuple[float, ...]
@@ -82,50 +98,76 @@ class Recipe:
     pictures: tuple[str, ...] = OTHER_PICTURES
     blur_px: float = 0.0
     aside_px: float = 0.0
+    raised: float = 0.0
+    quality: tuple[int, int] | None = None
 
 
 def with_photographs(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """Add the pictures of a folder, at half their size.
-
-    Cameras interpolate colours, and compression leaves blocks of 8 pixels: halved, little of
-    either is left.
-    """
+    """Add the pictures of a folder."""
     if args.photographs is None:
         return recipe
-    kinds = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+    kinds = (".jpg", ".jpeg", ".png", ".svs", ".tif", ".tiff")
     files = sorted(p for p in args.photographs.glob("*") if p.suffix.lower() in kinds)
     if not files:
         allowed = ", ".join(kinds)
         raise SystemExit(f"--photographs {args.photographs}: no picture in it ({allowed})")
-    folder, halved = args.output / "photographs", []
     for file in files:
-        path = folder / f"{file.name}.png"
-        if not path.is_file():
-            whole = cv2.imread(str(file))
-            if whole is None:
-                raise SystemExit(f"--photographs {file}: no picture that OpenCV reads")
-            folder.mkdir(parents=True, exist_ok=True)
-            soft = cv2.GaussianBlur(whole, (0, 0), 1.2)
-            half = cv2.resize(soft, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-            cv2.imwrite(str(folder / "new.png"), half)
-            (folder / "new.png").replace(path)
-        halved.append(str(path))
-    return replace(recipe, pictures=(*recipe.pictures, *halved))
+        read_picture(str(file))  # a damaged one is told before anything is collected
+    return replace(recipe, pictures=(*recipe.pictures, *(str(f.resolve()) for f in files)))
+
+
+def read_picture(picture: str) -> npt.NDArray[np.uint8]:
+    """Read a picture as ``(Y, X, RGB)``; of a slide scanner's file its finest level."""
+    if picture.lower().endswith((".svs", ".tif", ".tiff")):
+        try:
+            read = tifffile.imread(picture, key=0)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--photographs {picture}: {error}") from None
+    else:
+        bgr = cv2.imread(picture)
+        if bgr is None:
+            raise SystemExit(f"--photographs {picture}: no picture that OpenCV reads")
+        read = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    if read.ndim != 3 or read.shape[2] < 3 or read.dtype != np.uint8:
+        raise SystemExit(f"--photographs {picture}: not in colours of 8 bits")
+    return np.ascontiguousarray(read[..., :3])
 
 
 def photographed(picture: str, recipe: Recipe, rng: np.random.Generator, path: Path) -> str:
-    """Write a picture as another lens would have shown its colours; return where."""
-    read = cv2.imread(picture) if picture else immunohistochemistry()[..., ::-1]
-    colours = cv2.split(np.ascontiguousarray(read))
+    """Write a picture as another lens and another scanner would have shown it; return where.
+
+    A piece of it, if it is large. It is made smaller (cameras interpolate colours, and
+    compression leaves blocks of 8 pixels: little of either is left at half the size); its
+    colours are blurred and moved aside, what is fine is raised, as scanners do, and it is
+    compressed, its colours coarser than its light.
+    """
+    read = read_picture(picture) if picture else immunohistochemistry()
+    y, x = (int(rng.integers(0, max(0, n - _MOST_PICTURE_PX) + 1)) for n in read.shape[:2])
+    read = read[y : y + _MOST_PICTURE_PX, x : x + _MOST_PICTURE_PX]
+    # the smaller a picture, the sooner its mirror images follow
+    least = min(1.0, max(0.5, _LEAST_PICTURE_PX / min(read.shape[:2])))
+    scale = rng.uniform(least, 1)
+    if scale < 1:
+        soft = cv2.GaussianBlur(read, (0, 0), 0.3 + 0.9 * (1 / scale - 1))
+        read = cv2.resize(soft, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     blurs = rng.uniform(0.05, recipe.blur_px, 3)
     moves = rng.normal(0, 1, (3, 2)) * rng.uniform(0, recipe.aside_px)
     shown = []
-    for colour, blur, (x, y) in zip(colours, blurs, moves, strict=True):
+    for colour, blur, (x, y) in zip(cv2.split(read), blurs, moves, strict=True):
         size, move = colour.shape[::-1], np.array([[1, 0, x], [0, 1, y]])
         how = {"flags": cv2.INTER_CUBIC, "borderMode": cv2.BORDER_REFLECT}
         shown.append(cv2.GaussianBlur(cv2.warpAffine(colour, move, size, **how), (0, 0), blur))
+    seen = cv2.merge(shown)
+    raised = max(0.0, rng.uniform(-1, 1)) * recipe.raised
+    soft = cv2.GaussianBlur(seen, (0, 0), rng.uniform(0.7, 1.5))
+    seen = cv2.addWeighted(seen, 1 + raised, soft, -raised, 0)
+    if recipe.quality is not None and rng.uniform() < 0.5:
+        how = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(*recipe.quality))]
+        how += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, int(rng.choice(_SAMPLING))]
+        seen = cv2.imdecode(cv2.imencode(".jpg", seen[..., ::-1], how)[1], cv2.IMREAD_COLOR)
+        seen = seen[..., ::-1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), cv2.merge(shown))
+    cv2.imwrite(str(path), seen[..., ::-1])
     return str(path)
 
 

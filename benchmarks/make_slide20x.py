@@ -46,6 +46,8 @@ RECIPE = Recipe(
     ),
     blur_px=0.6,
     aside_px=1.0,
+    raised=0.7,
+    quality=(30, 95),
 )  # fmt: skip
 
 TRAIN = {

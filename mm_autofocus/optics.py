@@ -326,24 +326,22 @@ class _Pupil:
         return out
 
 
-def _dft(u: Complex, inverse: bool = False) -> Complex:
-    """Transform ``(Y, X)`` without normalisation.
+def _dft(u: Complex, inverse: bool = False) -> Real:
+    """Transform ``(Y, X)`` in its place, without normalisation.
 
+    In place, because to fetch memory anew for each transform takes half as long as it does.
     OpenCV's is 2 to 3 times as fast as SciPy's on x86 (measured; telling it which rows
     are zero makes it 7 times slower).
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(Y, 2X)`` float32: `u`, its real and imaginary parts side by side.
     """
-    pairs = np.ascontiguousarray(u).view(np.float32).reshape(*u.shape, 2)
-    out = cv2.dft(pairs, flags=cv2.DFT_INVERSE if inverse else 0)
-    return out.view(np.complex64)[..., 0]
-
-
-def _inverse(box: Complex, work: Complex) -> Real:
-    """Transform a centred square back: ``(Y, 2X)``, real and imaginary side by side.
-
-    `work` is ``(Y, X)`` and zero outside of the square.
-    """
-    work[: box.shape[0], : box.shape[1]] = box
-    return _dft(work, inverse=True).view(np.float32)
+    parts = u.view(np.float32)
+    pairs = parts.reshape(*u.shape, 2)
+    cv2.dft(pairs, dst=pairs, flags=cv2.DFT_INVERSE if inverse else 0)
+    return parts
 
 
 class AbbeImager:
@@ -419,7 +417,8 @@ class AbbeImager:
         # A chequered sign moves frequency 0 of every transform to the middle.
         flip = np.ones(self._shape, np.float32)
         flip[0::2, 1::2] = flip[1::2, 0::2] = -1
-        self._first = _dft(layers[0] * flip)
+        self._first = layers[0] * flip
+        _dft(self._first)
         self._rest = list(layers[1:])
         self._steps: list[Complex] = []
         self._prepare_steps()
@@ -485,10 +484,11 @@ class AbbeImager:
         spectrum = self._first
         scale = np.float32(1 / spectrum.size)
         for layer, step in zip(self._rest, self._steps, strict=True):
-            u = _dft(spectrum * step[at], inverse=True)
-            u *= layer
-            u *= scale
-            spectrum = _dft(u)
+            spectrum = spectrum * step[at]
+            _dft(spectrum, inverse=True)
+            spectrum *= layer
+            spectrum *= scale
+            _dft(spectrum)
         return self._cut(spectrum, shift) * self._back
 
     def image(self, defocus_um: float) -> Real:
@@ -505,11 +505,15 @@ class AbbeImager:
             ``(Y, X)`` float32, 1 where there is no specimen.
         """
         pupil = self._pupil.at(defocus_um)
-        work = np.zeros(self._shape, np.complex64)
+        work = np.empty(self._shape, np.complex64)
         total = np.zeros((self._shape[0], 2 * self._shape[1]), np.float32)
+        rows, columns = pupil.shape
         for i, shift in enumerate(self._shifts):
             spectrum = self._spectra[i] if self._spectra else self._exit(shift)
-            cv2.accumulateSquare(_inverse(spectrum * pupil, work), total)
+            np.multiply(spectrum, pupil, out=work[:rows, :columns])
+            work[rows:] = 0
+            work[:, columns:] = 0
+            cv2.accumulateSquare(_dft(work, inverse=True), total)
         total *= np.float32(1.0 / (len(self._shifts) * (self._shape[0] * self._shape[1]) ** 2))
         image = total[:, 0::2] + total[:, 1::2]
         sd = abs(defocus_um) * self._spread / self._pitch
@@ -558,7 +562,10 @@ class FluorescenceImager:
 
     def otf(self, defocus_um: float) -> Complex:
         """Transfer function ``(Y, X//2 + 1)`` for a defocus; 1 at frequency 0."""
-        u = _inverse(self._pupil.at(defocus_um), np.zeros(self._fine, np.complex64))
+        work = np.zeros(self._fine, np.complex64)
+        pupil = self._pupil.at(defocus_um)
+        work[: pupil.shape[0], : pupil.shape[1]] = pupil
+        u = _dft(work, inverse=True)
         u *= u
         psf = u[:, 0::2] + u[:, 1::2]
         full = scipy.fft.rfft2(psf, workers=1)

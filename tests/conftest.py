@@ -6,9 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cv2
 import pytest
 from mm_autofocus.config import close_core, open_core
 from pymmcore_plus import CMMCorePlus
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # the workers share the cores: threads of each for all of them would only wait for another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    cv2.setNumThreads(1)
 
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "acquisition_plans"

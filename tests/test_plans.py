@@ -73,6 +73,7 @@ def test_a_plan_runs_on_the_virtual_slide(name: str, tmp_path: Path) -> None:
     frames, searches, shape = EXPECTED[name]
     core = open_core("virtual_slide.cfg")
     try:
+        core.setProperty("Optics", "quality", "preview")
         core.setProperty("Slide", "kind", "cells")
         core.setProperty("Camera", "pixel_format", "Mono16")
         file = tmp_path / "run.ome.tiff"

@@ -39,6 +39,7 @@ def net(tmp_path: Path) -> Path:
 @pytest.fixture
 def slide() -> Iterator[Any]:
     core = open_core("virtual_slide.cfg")
+    core.setProperty("Optics", "quality", "preview")
     yield core
     close_core(core)
 
