@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -121,8 +122,8 @@ def read_picture(picture: str) -> npt.NDArray[np.uint8]:
     if picture.lower().endswith((".svs", ".tif", ".tiff")):
         try:
             read = tifffile.imread(picture, key=0)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"--photographs {picture}: {error}") from None
+        except (OSError, ValueError, LookupError, struct.error) as error:
+            raise SystemExit(f"--photographs {picture}: no TIFF ({error})") from None
     else:
         bgr = cv2.imread(picture)
         if bgr is None:
