@@ -51,6 +51,8 @@ OTHER_PICTURES = ("coffee.png", "retina.jpg", "grass.png", "gravel.png")
 SPARSITIES = ("dense", "sparse", "extremely-sparse")
 _LEAST_PICTURE_PX = 400  # that pictures are made smaller to
 _MOST_PICTURE_PX = 1200  # that are cut out of larger ones
+_PIECE_PX = 512  # edge of what counts as one picture
+_NO_BLUR_PX = 0.05
 _SAMPLING = (
     cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
     cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,
@@ -104,7 +106,13 @@ class Recipe:
 
 
 def with_photographs(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """Add the pictures of a folder."""
+    """Add the pictures of a folder, a large one as often as it has pieces.
+
+    Raises
+    ------
+    SystemExit
+        There is none, or one cannot be read: before anything is collected.
+    """
     if args.photographs is None:
         return recipe
     kinds = (".jpg", ".jpeg", ".png", ".svs", ".tif", ".tiff")
@@ -112,9 +120,11 @@ def with_photographs(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     if not files:
         allowed = ", ".join(kinds)
         raise SystemExit(f"--photographs {args.photographs}: no picture in it ({allowed})")
+    pictures = list(recipe.pictures)
     for file in files:
-        read_picture(str(file))  # a damaged one is told before anything is collected
-    return replace(recipe, pictures=(*recipe.pictures, *(str(f.resolve()) for f in files)))
+        height, width, _ = read_picture(str(file)).shape
+        pictures += max(1, round(height * width / _PIECE_PX**2)) * [str(file.resolve())]
+    return replace(recipe, pictures=tuple(pictures))
 
 
 def read_picture(picture: str) -> npt.NDArray[np.uint8]:
@@ -151,7 +161,7 @@ def photographed(picture: str, recipe: Recipe, rng: np.random.Generator, path: P
     if scale < 1:
         soft = cv2.GaussianBlur(read, (0, 0), 0.3 + 0.9 * (1 / scale - 1))
         read = cv2.resize(soft, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    blurs = rng.uniform(0.05, recipe.blur_px, 3)
+    blurs = rng.uniform(_NO_BLUR_PX, max(_NO_BLUR_PX, recipe.blur_px), 3)
     moves = rng.normal(0, 1, (3, 2)) * rng.uniform(0, recipe.aside_px)
     shown = []
     for colour, blur, (x, y) in zip(cv2.split(read), blurs, moves, strict=True):
@@ -231,7 +241,8 @@ def collect_share(recipe: Recipe, folder: Path, stacks: int, job: int, jobs: int
                 return
             rng = np.random.default_rng([seed, 5])
             kind, picture = kind_of(rng, recipe.pictures)
-            if kind == "picture" and recipe.blur_px:
+            given = bool(picture) and not Path(picture).is_relative_to(PICTURES)
+            if kind == "picture" and (recipe.blur_px or given):
                 file = folder.with_name("pictures") / f"{seed}.png"
                 picture = photographed(picture, recipe, rng, file)
             drawn = draw(seed, kind, picture=picture)

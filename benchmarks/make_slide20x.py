@@ -109,7 +109,7 @@ MODELS = {
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0], stacks=5000, minutes=48, size="some 9 MB a stack")
-    # by the first process, before the others: they find them halved
+    # by the first process before the others: a mistake is said once
     recipe = with_photographs(RECIPE, args)
     if args.job is not None:
         folder = args.output / f"share{args.job}"

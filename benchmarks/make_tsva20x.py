@@ -71,7 +71,7 @@ def main() -> None:
     args = arguments(
         __doc__.splitlines()[0], stacks=1600, minutes=180, size="some 7 MB a stack"
     )
-    # by the first process, before the others: they find them halved
+    # by the first process before the others: a mistake is said once
     recipe = with_photographs(RECIPE, args)
     if args.job is not None:
         folder = args.output / f"share{args.job}"

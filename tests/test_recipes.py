@@ -49,10 +49,11 @@ def test_the_pictures_of_a_folder_are_added(recipes: ModuleType, tmp_path: Path)
     own = recipe_of(recipes)
     assert recipes.with_photographs(own, asked(None)) is own
     cv2.imwrite(str(tmp_path / "b.jpg"), specimen())
-    tifffile.imwrite(tmp_path / "a.svs", specimen(), photometric="rgb")
+    tifffile.imwrite(tmp_path / "a.svs", specimen((1024, 1024)), photometric="rgb")
     (tmp_path / "notes.txt").write_text("of the pictures")
     found = recipes.with_photographs(own, asked(tmp_path)).pictures
-    assert found == (*own.pictures, str(tmp_path / "a.svs"), str(tmp_path / "b.jpg"))
+    # what is four times as large is drawn four times as often
+    assert found == (*own.pictures, *4 * [str(tmp_path / "a.svs")], str(tmp_path / "b.jpg"))
 
 
 REFUSED = {
@@ -114,3 +115,15 @@ def test_colours_are_moved_aside_and_a_large_picture_is_cut(
     assert min(min(s) for s in sizes) >= 600  # half of it
     assert len(set(sizes)) > 4
     assert min(moves) < 1 < max(moves) < 8
+
+
+def test_without_blur_a_given_picture_is_still_read_and_cut(
+    recipes: ModuleType, tmp_path: Path
+) -> None:
+    tifffile.imwrite(tmp_path / "a.svs", specimen(), photometric="rgb")
+    out = tmp_path / "out.png"
+    rng = np.random.default_rng(1)
+    recipes.photographed(str(tmp_path / "a.svs"), recipe_of(recipes), rng, out)
+    seen = cv2.imread(str(out))
+    assert 0.5 * 500 <= seen.shape[0] <= 500
+    assert abs(float(seen.mean()) - float(specimen().mean())) < 2
