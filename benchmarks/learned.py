@@ -6,11 +6,13 @@
     python benchmarks/learned.py --part information [--write]
     python benchmarks/learned.py --part labels [--fields N] [--write]
     python benchmarks/learned.py --part metal [--net NAME] [--init RUN] [--write]
+    python benchmarks/learned.py --part photographs [--model NAME_OR_PATH] [--write]
 
 ``virtual-slide`` judges models that are there, by the protocol of the SparseFocus paper;
 ``information`` computes what there is to know; ``labels`` asks how well the focus of a
 recorded stack is known, from which all learn; ``brain`` and ``metal`` train them by the
-shipped commands first. ``--cache FOLDER`` keeps the rendered frames (0.35 GB a field of
+shipped commands first; ``photographs`` asks what the blur of a picture's own lens does, where
+pictures are the specimens. ``--cache FOLDER`` keeps the rendered frames (0.35 GB a field of
 1024²), so that other models see the very same ones sooner.
 """
 
@@ -28,6 +30,7 @@ from _results import write_section
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TITLES = {
     "virtual-slide": "Learned focus on virtual slides never seen in training (simulated)",
+    "photographs": "Specimens made of photographs, near focus (simulated)",
     "information": "What spectra can tell of the defocus at the best (by theory)",
     "labels": "How well the label of a stack is known",
     "brain": "Learned focus on recorded stacks: a brain section, trained and judged by stack",
@@ -81,6 +84,8 @@ def main() -> None:
         if args.model is None:
             parser.error("--model: none is shipped; name one")
         from _learned_virtual import run
+    elif args.part == "photographs":
+        from _learned_photographs import run
     elif args.part == "information":
         from _learned_information import run
     elif args.part == "labels":
