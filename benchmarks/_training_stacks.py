@@ -263,6 +263,10 @@ def collect_share(recipe: Recipe, folder: Path, stacks: int, job: int, jobs: int
                 )
             done += len(fields)
             print(f"job {job}: slide {slide}, {done} stacks", flush=True)
+        raise SystemExit(
+            f"first_seed {recipe.first_seed}: the seeds of training end at "
+            f"{TRAINING_SEEDS[-1]}, after {done} of {stacks // jobs} stacks"
+        )
     finally:
         close_core(core)
 

@@ -127,3 +127,12 @@ def test_without_blur_a_given_picture_is_still_read_and_cut(
     seen = cv2.imread(str(out))
     assert 0.5 * 500 <= seen.shape[0] <= 500
     assert abs(float(seen.mean()) - float(specimen().mean())) < 2
+
+
+def test_where_the_seeds_of_training_end_it_says_so(
+    recipes: ModuleType, tmp_path: Path
+) -> None:
+    recipe = recipe_of(recipes, first_seed=10**6)
+    with pytest.raises(SystemExit, match=r"first_seed 1000000: .* after 0 of 20 stacks"):
+        recipes.collect_share(recipe, tmp_path / "share0", 40, 0, 2)
+    assert not (tmp_path / "share0").exists()
