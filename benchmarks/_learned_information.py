@@ -234,10 +234,8 @@ class _Theory(SpectraByTheory):
         f = self._spectra.rings.frequency / (self._pixel * self._scales[scale])
         return torch.tensor((f > 0.8 * nyquist[scale + 1]) & (f <= 0.8 * nyquist[scale]))
 
-    def rings(
-        self, defocus_um: float, change: Unknown | None = None, side: int = 0
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Expected covariance of each scale, and its independent waves."""
+    def _changed(self, change: Unknown | None, side: int) -> dict[str, Tensor]:
+        """What is given, one of it a step up or down."""
         given = {k: v.clone() for k, v in self.given.items()}
         if change is not None and change.of != "defocus":
             value, step = given[change.of], side * change.step
@@ -248,10 +246,14 @@ class _Theory(SpectraByTheory):
                 )
             else:
                 at += step
+        return given
+
+    def rings(
+        self, defocus_um: float, change: Unknown | None = None, side: int = 0
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Expected covariance of each scale, and its independent waves."""
+        given = self._changed(change, side)
         lens = {**{k: given[k] for k in _LENS}, "turned": given["turned"]}
-        if "aside" in given:
-            aside = given.pop("aside")
-            given["apart"] = (aside[:, :, None] - aside[:, None]).square().sum(3).sqrt()
         spectra, count = given.pop("spectra"), len(self._frequency)
         self._dice(3)
         focus = self._focus(lens, given, spectra[:, :, count:])
@@ -281,6 +283,13 @@ class _Photograph(_Theory):
         self.given["blur"] = torch.full((n, colours), BLUR_UM[0])
         aside = self._rng.normal(0, ASIDE_UM, (n, colours, 2))
         self.given["aside"] = torch.tensor(aside).float()
+
+    def _changed(self, change: Unknown | None, side: int) -> dict[str, Tensor]:
+        """What is given, and how far apart the colours are."""
+        given = super()._changed(change, side)
+        aside = given.pop("aside")
+        given["apart"] = (aside[:, :, None] - aside[:, None]).square().sum(3).sqrt()
+        return given
 
     def unknown(self) -> Iterator[Unknown]:
         """That of any slide, but that all layers are alike, and what the photograph brings."""

@@ -64,9 +64,7 @@ def run(args: argparse.Namespace) -> str:
     assert model.card.lens is not None
     rows: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for place, what, stack in _stacks(args):
-        optics = drawn_at(place).optics
-        known = {"sigma": optics.sigma, **optics.aberrations}
-        model.net.lens = code_of(model.card.lens.ranges, known)
+        model.net.lens = code_of(model.card.lens.ranges, drawn_at(place).optics.lens)
         for z, plane in stack.planes():
             found = model.predict([plane], max_value=255).defocus_um
             rows.setdefault((place.name, what), []).append(
@@ -76,13 +74,13 @@ def run(args: argparse.Namespace) -> str:
     if not rows:
         raise SystemExit(f"--data {args.data}: no pictures in its folder textures")
     lines = [
-        "**Simulated.** Specimens made of photographs, as in the first section (the same "
-        "fields, lenses and cameras), one look that is told of the lens as it is, within 5 µm "
-        "of focus, planes of 0.5 µm: as the picture is, and changed (what is fine: below some "
-        f"{FINE_PX:g} pixels). `n`: frames; without those in focus for the direction. The "
-        "side of focus is in how differently colours are blurred, and what the picture's own "
-        "lens has done to them is taken for that of the microscope. A stained section has no "
-        "such lens.",
+        "**Simulated.** Specimens made of photographs, as among the fields of learned "
+        "focus on virtual slides (the same lenses and cameras), one look that is told of the "
+        "lens as it is, within 5 µm of focus, planes of 0.5 µm: as the picture is, and changed "
+        f"(what is fine: below some {FINE_PX:g} pixels). `n`: frames; without those in focus "
+        "for the direction. The side of focus is in how differently colours are blurred, and "
+        "what the picture's own lens has done to them is taken for that of the microscope. A "
+        "stained section has no such lens.",
         "",
         "| picture | shown | n | MAE, µm | error at -0.5 | at 0 | at +0.5 | wrong direction |",
         "|---|---|---|---|---|---|---|---|",

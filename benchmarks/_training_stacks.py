@@ -166,8 +166,10 @@ def photographed(picture: str, recipe: Recipe, rng: np.random.Generator, path: P
     shown = []
     for colour, blur, (x, y) in zip(cv2.split(read), blurs, moves, strict=True):
         size, move = colour.shape[::-1], np.array([[1, 0, x], [0, 1, y]])
-        how = {"flags": cv2.INTER_CUBIC, "borderMode": cv2.BORDER_REFLECT}
-        shown.append(cv2.GaussianBlur(cv2.warpAffine(colour, move, size, **how), (0, 0), blur))
+        moved = cv2.warpAffine(
+            colour, move, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT
+        )
+        shown.append(cv2.GaussianBlur(moved, (0, 0), blur))
     seen = cv2.merge(shown)
     raised = max(0.0, rng.uniform(-1, 1)) * recipe.raised
     soft = cv2.GaussianBlur(seen, (0, 0), rng.uniform(0.7, 1.5))
@@ -256,8 +258,7 @@ def collect_share(recipe: Recipe, folder: Path, stacks: int, job: int, jobs: int
                     stage_positions=fields,
                     z_plan=useq.ZRelativePositions(relative=list(recipe.planes_um)),
                 )
-                known_of = {"sigma": drawn.optics.sigma, **drawn.optics.aberrations}
-                lens = {name: known_of[name] for name in LENS_NAMES}
+                lens = {name: drawn.optics.lens[name] for name in LENS_NAMES}
                 collect(
                     plan, core, folder, slide=slide, optics=OPTICS, lens=lens, simulated=True
                 )

@@ -36,7 +36,7 @@ _ROWS_UM = (-1000.0, -1500.0, -2000.0, -2500.0, -3000.0)
 # by 1 µm over them.
 _SCAN_COLUMNS_UM = (-394.0, -236.0, -78.0, 80.0, 238.0, 396.0)
 _SCAN_ROWS_UM = (-1906.0, -2064.0, -2222.0, -2380.0, -2538.0)
-START_UM = 9.0
+_START_UM = 9.0
 """Where the operator left the focus stage: well out of focus."""
 
 # What a slide is taken to be when its duration is told.
@@ -162,7 +162,7 @@ def run_demo(
     try:
         if real_time:
             core.setProperty("Slide", "time", "real")
-        core.setZPosition(START_UM)
+        core.setZPosition(_START_UM)
         scope = microscope_of(core)
         saved: dict[int, tuple[Exposure, float]] = {}
 

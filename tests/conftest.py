@@ -18,8 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "acquisition_plans"
-# Files that take longest: first, so that no worker waits long for the last one of another
-# (`pytest -n 2 --dist loadfile --no-loadscope-reorder`).
+# Files that take longest: first, so that no worker waits long for the last one of another.
 LONG = (
     "test_readme.py",
     "test_demo.py",

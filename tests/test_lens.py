@@ -179,7 +179,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
             ],
             z_plan=useq.ZRelativePositions(relative=planes),
         )
-        known = {"sigma": drawn.optics.sigma, **drawn.optics.aberrations}
+        known = drawn.optics.lens
         lens = {name: known[name] for name in LENS_NAMES}
         with pytest.raises(InputError, match=r"lens: 'sgima' is unknown .did you mean 'sigma'"):
             collect(plan, core, folder, lens={"sgima": 0.5})

@@ -94,6 +94,11 @@ class OpticsDraw:
     aberrations: dict[str, float]
     sigma: float
 
+    @property
+    def lens(self) -> dict[str, float]:
+        """All of it, by the names of `mm_autofocus.models.lens`."""
+        return {"sigma": self.sigma, **self.aberrations}
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
