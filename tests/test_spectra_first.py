@@ -83,6 +83,20 @@ def test_the_training_goes_on_from_there(
     assert "spectra" not in capsys.readouterr().err
 
 
+def test_what_was_taught_first_is_then_only_adapted(dataset: Dataset, tmp_path: Path) -> None:
+    options = {**FIRST, "epochs": 1, "patches_per_stack": 4}
+    net = build_net("sparsefocus", NetContext(channels=1, range_um=(-6, 6)), FIRST["net"])
+    read, every = len(net.reading_parameters()), len(list(net.parameters()))
+    for patches, expected in ((640, [every - read, read]), (0, [every])):
+        run = tmp_path / str(patches)
+        train(dataset.path, run, {**options, "spectra_patches": patches})
+        groups = torch.load(run / "last.ckpt", weights_only=False)["optimiser"]["param_groups"]
+        rates = sorted({g["lr"] for g in groups}, reverse=True)
+        counts = [sum(len(g["params"]) for g in groups if g["lr"] == rate) for rate in rates]
+        assert counts == expected
+        assert rates[-1] == pytest.approx(rates[0] * (0.1 if patches else 1))
+
+
 def test_patches_too_small_for_spectra_are_refused_before_anything_is_written(
     dataset: Dataset, tmp_path: Path
 ) -> None:

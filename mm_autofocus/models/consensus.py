@@ -36,6 +36,7 @@ Sparsity: TypeAlias = Literal["dense", "sparse", "extremely-sparse", "blank"]
 
 _PAPER_GRID = 81  # the numbers of patches per class were chosen for 9 × 9
 _MEDIAN = 1.2533  # standard error of a median over that of a mean
+_ALIKE = 0.5  # standard deviations within which patches are averaged
 _LEAST_SD, _TINY = 1e-3, 1e-12  # of the largest; no patch outweighs all others for ever
 _SLACK = 1e-9
 _SHORE = 0.2  # share of patches on the other side of focus that makes the direction doubtful
@@ -137,22 +138,40 @@ def _cells(plane: Real, rows: int, columns: int) -> Real:
 
 
 def agreed(values: Real, sd: Real | None) -> float:
-    """What patches say together: their median, weighted by how sure the net is of each.
+    """What patches say together, by how sure the net is of each.
 
-    The weights are the inverse of the standard deviations: so it is the most likely value of
-    errors that follow Laplace's distribution, as the nets are taught that they do.
+    Huber's estimate of location (Ann. Math. Stat. 35, 73, 1964): the answer with the least sum
+    of losses that grow as squares within half of a patch's standard deviation, and in
+    proportion beyond it. Patches that agree are averaged, as is best for errors of theirs;
+    whatever less than half of them say, counted by how sure they are, cannot draw it away, as
+    it cannot a median.
 
     Parameters
     ----------
     values : numpy.ndarray
         ``(n,)``, at least one.
     sd : numpy.ndarray | None
-        ``(n,)``, the net's own, 0 or more; None: all count alike.
+        ``(n,)``, the net's own, 0 or more; None: not known, and the answer is the median.
+
+    Returns
+    -------
+    float
+        Midway where several answers are equally good; NaN where one of `sd` is no number.
     """
     if sd is None:
         return float(np.median(values))
-    sure = np.asarray(sd, np.float64)
-    return weighted_median(values, 1 / np.maximum(sure, max(_LEAST_SD * sure.max(), _TINY)))
+    v, sure = np.asarray(values, np.float64), np.asarray(sd, np.float64)
+    sure = np.maximum(sure, max(_LEAST_SD * sure.max(), _TINY))
+    if not np.isfinite(sure).all():
+        return math.nan
+    # what pulls at the answer falls in straight pieces, from end to end of these
+    ends = np.sort(np.concatenate([v - _ALIKE * sure, v + _ALIKE * sure]))
+    pull = (((v - ends[:, None]) / sure).clip(-_ALIKE, _ALIKE) / sure).sum(axis=1)
+    slack = _SLACK * pull[0]  # sums differ by their last bits
+    above, below = np.flatnonzero(pull > slack)[-1], np.flatnonzero(pull < -slack)[0]
+    first = np.interp(0, pull[[above + 1, above]], ends[[above + 1, above]])
+    last = np.interp(0, pull[[below, below - 1]], ends[[below, below - 1]])
+    return float((first + last) / 2)
 
 
 def weighted_median(values: Real, weights: npt.NDArray[np.float64]) -> float:
@@ -188,10 +207,11 @@ def spread(values: Real) -> float | None:
 
 
 def raw_error(patch_sd_um: Real | None, spread_um: float | None, n: int) -> float | None:
-    """Standard deviation of the median of patches, before it is calibrated.
+    """Standard deviation of what patches agree on, before it is calibrated.
 
     What the net itself is unsure of is shared by all patches of a field (they lie behind the
-    same optics), the rest is averaged away: ``hypot(median sd, 1.25 · spread / √n)``.
+    same optics), the rest is averaged away, at least as by a median: ``hypot(median sd,
+    1.25 · spread / √n)``.
 
     Parameters
     ----------

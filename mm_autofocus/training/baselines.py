@@ -31,8 +31,8 @@ _UNEVEN = 0.1  # of the distance of the planes
 def grid_median(model: FocusModel) -> ModelJudge:
     """A model that looks at every patch of the grid, blank ones too, and takes the median.
 
-    This is what the learned baselines of the SparseFocus paper do, but for the weights: the
-    median is that of the run time (`consensus.agreed`), where sure patches weigh more. Of
+    This is what the learned baselines of the SparseFocus paper do, but for the median: it is
+    what patches agree on at run time (`consensus.agreed`), where sure ones weigh more. Of
     models of other kinds (a plug-in's), all patches that it looks at itself when it is asked
     for all.
     """

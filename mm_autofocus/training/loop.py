@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from mm_autofocus.models.nets.base import Net
+    from mm_autofocus.models.nets.sparsefocus import SparseFocus
     from mm_autofocus.training.options import TrainOptions
     from mm_autofocus.training.samples import MosaicSource, Source
     from mm_autofocus.training.validate import Validation
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Job", "fit"]
 
 _WORST = 1e9
+_ADAPTED = 0.1  # of the learning rate, for what was taught before
 
 
 @dataclass(slots=True)
@@ -115,7 +117,7 @@ class _Loop:
             rin.requires_grad_(False)  # processes wait for gradients of all that have one
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = copy.deepcopy(net).eval().requires_grad_(False)
-        optimiser = torch.optim.AdamW(_groups(net, options.weight_decay), lr=options.lr)
+        optimiser = torch.optim.AdamW(_groups(net, options), lr=options.lr)
         self.where = _Where()
         self.figures: dict[str, Any] = {}
         if job.state is not None:
@@ -185,7 +187,7 @@ class _Loop:
         where = self.where
         rate = learning_rate(self.options, self._part())
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("part", 1.0)  # checkpoints were once without
         names = batch.pop("field")
         # What a net drops is, as the samples are, a function of the seed and the step: a run
         # that was killed goes on exactly where it was.
@@ -343,8 +345,19 @@ class _Loop:
         self.figures = state["figures"]
 
 
-def _groups(net: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Weights that are decayed, and those (biases, norms, scales) that are not."""
-    many = [p for p in net.parameters() if p.ndim > 1]
-    few = [p for p in net.parameters() if p.ndim <= 1]
-    return [{"params": many, "weight_decay": decay}, {"params": few, "weight_decay": 0.0}]
+def _groups(net: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
+    """Weights that are decayed, and those (biases, norms, scales) that are not.
+
+    What reads spectra, if it was taught first, is only adapted: its rate is part of the rate.
+    """
+    first = options.spectra_patches or options.theory.patches
+    # `prepare` refuses nets that read none
+    reader = cast("SparseFocus", net).reading_parameters() if first else []
+    taught = {id(p) for p in reader}
+    groups = []
+    for part, known in ((1.0, False), (_ADAPTED, True)):
+        mine = [p for p in net.parameters() if (id(p) in taught) == known]
+        many, few = [p for p in mine if p.ndim > 1], [p for p in mine if p.ndim <= 1]
+        for weights, decay in ((many, options.weight_decay), (few, 0.0)):
+            groups.append({"params": weights, "weight_decay": decay, "part": part})
+    return [g for g in groups if g["params"]]

@@ -143,7 +143,7 @@ class TrainOptions(BaseModel):
     spectra_patches, spectra_passes : int
         Of nets that read spectra: of so many patches these are computed first, and so many
         passes over them teach the part that reads them, before the epochs (and their
-        minutes) begin; 0 patches: not.
+        minutes) begin, in which it is then adapted at a tenth of `lr`; 0 patches: not.
     theory : TheoryOptions
         Spectra by theory, which teach that part before those of patches do.
     mosaics : float

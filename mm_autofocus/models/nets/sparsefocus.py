@@ -9,8 +9,9 @@ chosen here for what two CPU cores can train in a night.
 
 What differs from the paper: the 7 × 7 convolutions are depthwise (with pointwise ones behind
 them, and ReLU: a third of the time of dense ones); the stem also sees standardised values;
-mean pooling stands beside max pooling; the head may be a distribution; in the median, answers
-that the net is sure of weigh more (`consensus.agreed`). If asked for, the spectra of the patch
+mean pooling stands beside max pooling; the head may be a distribution; instead of the median
+there is an estimate as robust that averages what agrees, and in which answers that the net is
+sure of weigh more (`consensus.agreed`). If asked for, the spectra of the patch
 (`physics.CrossSpectra`) stand beside what the convolutions find: where the optical transfer
 function has its zeros tells how far focus is, whatever the specimen. What reads them may be
 told of the lens (`models.lens`).
