@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core while coll
 import cv2
 import numpy as np
 import skimage
-import tifffile
 import useq
 from mm_autofocus.config import close_core, open_core
 from mm_autofocus.errors import InputError
@@ -28,13 +26,13 @@ from mm_autofocus.models.lens import LENS_NAMES
 from mm_autofocus.sim import draws
 from mm_autofocus.sim.draws import TRAINING_SEEDS, draw
 from mm_autofocus.sim.microscope import Microscope
+from mm_autofocus.sim.slide import read_picture
 from mm_autofocus.sim.truth import microscope_of
 from mm_autofocus.training.collect import collect
 from mm_autofocus.training.dataset import read_meta
-from skimage.data import immunohistochemistry
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    pass
 
 PIXEL_UM = 0.325
 OPTICS = {"na": 0.75, "magnification": 20}
@@ -122,26 +120,12 @@ def with_photographs(recipe: Recipe, args: argparse.Namespace) -> Recipe:
         raise SystemExit(f"--photographs {args.photographs}: no picture in it ({allowed})")
     pictures = list(recipe.pictures)
     for file in files:
-        height, width, _ = read_picture(str(file)).shape
+        try:
+            height, width, _ = read_picture(str(file)).shape
+        except InputError as error:
+            raise SystemExit(f"--photographs: {error}") from None
         pictures += max(1, round(height * width / _PIECE_PX**2)) * [str(file.resolve())]
     return replace(recipe, pictures=tuple(pictures))
-
-
-def read_picture(picture: str) -> npt.NDArray[np.uint8]:
-    """Read a picture as ``(Y, X, RGB)``; of a slide scanner's file its finest level."""
-    if picture.lower().endswith((".svs", ".tif", ".tiff")):
-        try:
-            read = tifffile.imread(picture, key=0)
-        except (OSError, ValueError, LookupError, struct.error) as error:
-            raise SystemExit(f"--photographs {picture}: no TIFF ({error})") from None
-    else:
-        bgr = cv2.imread(picture)
-        if bgr is None:
-            raise SystemExit(f"--photographs {picture}: no picture that OpenCV reads")
-        read = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-    if read.ndim != 3 or read.shape[2] < 3 or read.dtype != np.uint8:
-        raise SystemExit(f"--photographs {picture}: not in colours of 8 bits")
-    return np.ascontiguousarray(read[..., :3])
 
 
 def photographed(picture: str, recipe: Recipe, rng: np.random.Generator, path: Path) -> str:
@@ -152,7 +136,7 @@ def photographed(picture: str, recipe: Recipe, rng: np.random.Generator, path: P
     colours are blurred and moved aside, what is fine is raised, as scanners do, and it is
     compressed, its colours coarser than its light.
     """
-    read = read_picture(picture) if picture else immunohistochemistry()
+    read = read_picture(picture)
     y, x = (int(rng.integers(0, max(0, n - _MOST_PICTURE_PX) + 1)) for n in read.shape[:2])
     read = read[y : y + _MOST_PICTURE_PX, x : x + _MOST_PICTURE_PX]
     # the smaller a picture, the sooner its mirror images follow

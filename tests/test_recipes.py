@@ -58,10 +58,10 @@ def test_the_pictures_of_a_folder_are_added(recipes: ModuleType, tmp_path: Path)
 
 REFUSED = {
     "empty": ({}, "no picture in it"),
-    "damaged": ({"a.jpg": b"\xff\xd8\xff no"}, "no picture that OpenCV reads"),
+    "damaged": ({"a.jpg": b"\xff\xd8\xff no"}, "is no picture"),
     "damaged slide": ({"a.svs": b"II*\0 no"}, "a.svs"),
-    "grey slide": ({"a.tif": np.zeros((64, 64), np.uint8)}, "not in colours of 8 bits"),
-    "12 bits": ({"a.tif": np.zeros((64, 64, 3), np.uint16)}, "not in colours of 8 bits"),
+    "grey slide": ({"a.tif": np.zeros((64, 64), np.uint8)}, "allowed: colours of 8 bits"),
+    "12 bits": ({"a.tif": np.zeros((64, 64, 3), np.uint16)}, "allowed: colours of 8 bits"),
 }
 
 

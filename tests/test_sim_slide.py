@@ -414,7 +414,16 @@ def test_a_texture_that_is_no_picture_is_named(tmp_path):
     text.write_text("no picture")
     tiny = tmp_path / "tiny.png"
     cv2.imwrite(str(tiny), np.zeros((4, 4, 3), np.uint8))
-    for path, words in ((text, "no picture"), (tiny, "16"), (tmp_path / "none.png", "no file")):
+    grey, deep = tmp_path / "grey.png", tmp_path / "deep.png"
+    cv2.imwrite(str(grey), np.zeros((64, 64), np.uint8))
+    cv2.imwrite(str(deep), np.zeros((64, 64, 3), np.uint16))
+    for path, words in (
+        (text, "no picture"),
+        (tiny, "16"),
+        (tmp_path / "none.png", "no file"),
+        (grey, "64 × 64, uint8; allowed: colours of 8 bits"),
+        (deep, "64 × 64 × 3, uint16; allowed: colours of 8 bits"),
+    ):
         with pytest.raises(InputError, match=words):
             Slide(SlideSettings(kind="picture", picture=str(path)))
 

@@ -7,6 +7,7 @@ on the slide and the seed.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import cv2
 import numpy as np
+import tifffile
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.sim import spectra
@@ -37,6 +39,7 @@ __all__ = [
     "SlideSettings",
     "Sparsity",
     "load_picture",
+    "read_picture",
 ]
 
 KINDS = ("tissue", "smear", "cells", "picture")
@@ -145,22 +148,19 @@ class Layer:
     opd_um: Real
 
 
-@lru_cache(maxsize=4)
-def load_picture(path: str) -> Real:
-    """Read a colour picture as absorbance (natural logarithm) per band, ``(3, Y, X)``.
-
-    Light that passes where nothing is, is taken to be each band's 99th percentile.
+def read_picture(path: str) -> npt.NDArray[np.uint8]:
+    """Read a colour picture of 8 bits as ``(Y, X, RGB)`` uint8.
 
     Parameters
     ----------
     path : str
-        A file that OpenCV reads; empty: the immunohistochemistry picture that comes
-        with scikit-image.
+        A TIFF or a slide scanner's file (``.svs``: its finest level), or another file that
+        OpenCV reads; empty: the immunohistochemistry picture that comes with scikit-image.
 
     Raises
     ------
     InputError
-        If it is no colour picture of at least 16 × 16 pixels.
+        If it is no such picture of at least 16 × 16 pixels.
     """
     if not path:
         try:
@@ -171,18 +171,49 @@ def load_picture(path: str) -> Real:
                 "installed; name a picture file or pip install scikit-image"
             ) from error
         pictures: Any = skimage.data
-        rgb = np.asarray(pictures.immunohistochemistry())
+        return np.asarray(pictures.immunohistochemistry())
+    if not Path(path).is_file():
+        raise InputError(f"picture: {path!r} is no file; allowed: a colour picture")
+    if path.lower().endswith((".svs", ".tif", ".tiff")):
+        try:
+            read = tifffile.imread(path, key=0)
+        except (OSError, ValueError, LookupError, struct.error) as error:
+            raise InputError(f"picture: {path!r} is no TIFF ({error})") from error
     else:
-        if not Path(path).is_file():
-            raise InputError(f"picture: {path!r} is no file; allowed: a colour picture")
-        bgr = cv2.imread(path, cv2.IMREAD_COLOR)
+        # as it is: OpenCV would make colours of 8 bits of whatever it reads
+        bgr = cv2.imread(path, cv2.IMREAD_UNCHANGED)
         if bgr is None:
             raise InputError(f"picture: {path!r} is no picture (png, jpg, tif, ...)")
-        rgb = bgr[..., ::-1]
-    if min(rgb.shape[:2]) < 16:
+        read = bgr[..., 2::-1] if bgr.ndim == 3 else bgr
+    if read.ndim != 3 or read.shape[2] < 3 or read.dtype != np.uint8:
+        kind = " × ".join(map(str, read.shape))
         raise InputError(
-            f"picture: {rgb.shape[1]} × {rgb.shape[0]} pixels; allowed: 16 or more"
+            f"picture: {path!r} is {kind}, {read.dtype}; allowed: colours of 8 bits"
         )
+    if min(read.shape[:2]) < 16:
+        raise InputError(
+            f"picture: {read.shape[1]} × {read.shape[0]} pixels; allowed: 16 or more"
+        )
+    return np.ascontiguousarray(read[..., :3])
+
+
+@lru_cache(maxsize=4)
+def load_picture(path: str) -> Real:
+    """Read a colour picture as absorbance (natural logarithm) per band, ``(3, Y, X)``.
+
+    Light that passes where nothing is, is taken to be each band's 99th percentile.
+
+    Parameters
+    ----------
+    path : str
+        As of `read_picture`.
+
+    Raises
+    ------
+    InputError
+        As `read_picture`.
+    """
+    rgb = read_picture(path)
     light = np.maximum(rgb.astype(np.float32), 1.0)
     white = np.percentile(light, 99, axis=(0, 1)).astype(np.float32)
     return np.ascontiguousarray(np.moveaxis(np.maximum(-np.log(light / white), 0), -1, 0))
