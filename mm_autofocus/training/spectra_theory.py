@@ -349,11 +349,10 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         photo = rng.random((n, 1)) < _PHOTOGRAPHS
         part = np.exp(rng.uniform(math.log(0.02), 0, (n, 1))) * photo
         strength = slide["rms"][:, :2].square().sum(1, keepdim=True).sqrt()
-        uneven = np.exp(rng.uniform(math.log(0.02), math.log(0.3), (n, 1)))
+        uneven = rng.uniform(0.02, 0.12, (n, 1))
         blur = rng.uniform(0, 0.25, (n, 1)) + rng.normal(0, 1, (n, colours)) * uneven
         chroma = rng.uniform(0, 0.5, (n, 1)) * (rng.random((n, 1)) < 0.5)
-        moved = np.exp(rng.uniform(math.log(0.02), math.log(0.5), (n, 1, 1)))
-        aside = rng.normal(0, 1, (n, colours, 2)) * moved
+        aside = rng.normal(0, 1, (n, colours, 2)) * rng.uniform(0, 0.25, (n, 1, 1))
         path = rng.uniform(0, 0.05, (n, 1)) * np.ones(colours)
         own = {
             "absorbance": 0.6 * _LN10 * torch.eye(colours).expand(n, -1, -1),
