@@ -10,7 +10,7 @@ shapes tell comes on top.
 
 A second table is of specimens made of photographs, near focus: the lens that took one has
 blurred its colours, each by an amount that is not known, and moved them aside, which looks
-like the axial colour that tells the side.
+like the axial colour that tells the side; or it was a little out of focus itself.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ BANDS = 10  # into which the unknown spectrum of a texture is divided
 # of photographs, as the theory draws them: what each colour has of its own, over the common;
 # blur (mean and standard deviation) and move of each colour, in µm
 OWN_COLOUR, BLUR_UM, ASIDE_UM = 0.2, (0.125, 0.1), 0.15
+SCANNED_UM = 0.25  # how far out of focus another microscope took one
 
 # as the theory calls what it draws from the ranges of `THEORY`, in their order
 _LENS = ("sigma", "spherical", "astigmatism", "axial", "thickness")
+_SCANNER = ("scanner out", *(f"scanner {key}" for key in _LENS))
 
 
 @dataclass(frozen=True)
@@ -114,28 +116,33 @@ def run(args: argparse.Namespace) -> str:
             print(lines[-1], flush=True)
     lines += [
         "",
-        "One look at specimens made of photographs, near focus: blur "
-        f"({BLUR_UM[0]} ± {BLUR_UM[1]} µm) and move (± {ASIDE_UM} µm) of each colour are not "
-        "known. In brackets: if the lens were known. Half an µm off, the direction is right "
+        "One look at specimens made of photographs, near focus. A photograph has been through "
+        f"a lens before. Blurred: it blurred each colour ({BLUR_UM[0]} ± {BLUR_UM[1]} µm, "
+        f"Gaussian) and moved it aside (± {ASIDE_UM} µm), by amounts that are not known. "
+        "Scanned: it is a section photographed by another microscope of the same NA, whose "
+        f"lens and condenser are not known, {SCANNED_UM:g} µm out of focus, which is known to "
+        f"± {DOF_UM / math.sqrt(12):.2f} µm (anywhere in the depth of field). In brackets: if "
+        "the lens that looks at it now were known. Half an µm off, the direction is right "
         "while the error is less than that.",
         "",
-        f"| field | {' | '.join(f'{d:+g}' for d in NEAR_UM)} |",
-        "|---" * (len(NEAR_UM) + 1) + "|",
+        f"| photograph | field | {' | '.join(f'{d:+g}' for d in NEAR_UM)} |",
+        "|---" * (len(NEAR_UM) + 2) + "|",
     ]
-    for field, filled, patches in FIELDS[:3]:
-        bounds = [_bound((0.0,), d, filled, patches, photograph=True) for d in NEAR_UM]
-        cells = [f"{free:.2f} ({known:.2f})" for free, known in bounds]
-        lines.append(f"| {field} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
+    for name, kind in (("blurred", _Photograph), ("scanned", _Scanned)):
+        for field, filled, patches in FIELDS[:3]:
+            bounds = [_bound((0.0,), d, filled, patches, kind) for d in NEAR_UM]
+            cells = [f"{free:.2f} ({known:.2f})" for free, known in bounds]
+            lines.append(f"| {name} | {field} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
 @cache  # frames of several sizes ask for the same
 def _information(
-    looks: tuple[float, ...], defocus_um: float, filled: float, photograph: bool
+    looks: tuple[float, ...], defocus_um: float, filled: float, kind: type[_Theory]
 ) -> tuple[list[Unknown], Tensor]:
     """What is unknown, and what one patch tells of it: ``(lenses, unknown, unknown)``."""
-    theory = (_Photograph if photograph else _Theory)(looks, filled)
+    theory = kind(looks, filled)
     unknown = list(theory.unknown())
     (scales, free), slopes = theory.rings(defocus_um), []
     for one in unknown:
@@ -157,16 +164,16 @@ def _bound(
     defocus_um: float,
     filled: float,
     patches: int,
-    photograph: bool = False,
+    kind: type[_Theory] | None = None,
 ) -> tuple[float, float]:
     """Least standard deviation of the defocus: the condenser unknown, and known.
 
     Of a photograph: the lens unknown, and known.
     """
-    unknown, information = _information(looks, defocus_um, filled, photograph)
+    unknown, information = _information(looks, defocus_um, filled, kind or _Theory)
     before = torch.diag(torch.tensor([1 / one.sd**2 for one in unknown]).double())
     # what all patches have in common, and what each has for itself
-    shared = ("defocus", *_LENS, "blur", "aside")
+    shared = ("defocus", *_LENS, "blur", "aside", *_SCANNER)
     common = [k for k, one in enumerate(unknown) if one.of in shared]
     own = [k for k in range(len(unknown)) if k not in common]
 
@@ -176,7 +183,7 @@ def _bound(
     left = torch.linalg.inv(part(own, own) + before[own][:, own])
     told = part(common, common) - part(common, own) @ left @ part(own, common)
     total = patches * told + before[common][:, common]
-    of_lens = _LENS[:-1] if photograph else ("sigma",)
+    of_lens = _LENS[:-1] if kind else ("sigma",)
     known = [k for k, at in enumerate(common) if unknown[at].of not in of_lens]
     found = (total, total[:, known][:, :, known])
     return tuple(float(torch.linalg.inv(i)[:, 0, 0].sqrt().median()) for i in found)
@@ -301,3 +308,43 @@ class _Photograph(_Theory):
             for axis in range(2):
                 yield Unknown("aside", (colour, axis), 0.02, ASIDE_UM)
         yield from self._texture_unknown(range(3, 6))
+
+
+class _Scanned(_Theory):
+    """Sections that another microscope has photographed, some way out of focus."""
+
+    def __init__(self, looks: tuple[float, ...], filled: float) -> None:
+        self._scanner: dict[str, Tensor] = {}
+        super().__init__(looks, filled)
+        self.given["alike"] = torch.ones(LENSES, 3)
+        for key, value in self._lens(LENSES).items():
+            self.given[f"scanner {key}"] = value
+        self.given["scanner out"] = torch.full((LENSES,), SCANNED_UM)
+
+    def _changed(self, change: Unknown | None, side: int) -> dict[str, Tensor]:
+        """What is given of lens and slide; what is of the scanner, is set aside."""
+        given = super()._changed(change, side)
+        for key in [k for k in given if k.startswith("scanner ")]:
+            self._scanner[key.removeprefix("scanner ")] = given.pop(key)
+        return given
+
+    def _transfer(
+        self, frequency: Tensor, defocus_um: Tensor, lens: Any, wave_um: float, angles: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """That of the lens, of what the scanner left of absorption."""
+        out = self._scanner["out"][:, None]
+        left = super()._transfer(frequency, out, self._scanner, wave_um, angles)
+        scanned = torch.stack([real for real, _ in left]).mean(0)
+        scanned = scanned.repeat_interleave(defocus_um.shape[1], 0)
+        found = super()._transfer(frequency, defocus_um, lens, wave_um, angles)
+        return [(real * scanned, imaginary * scanned) for real, imaginary in found]
+
+    def unknown(self) -> Iterator[Unknown]:
+        """That of a slide whose layers are alike, and the scanner's."""
+        for one in super().unknown():
+            if one.of != "alike":
+                yield one
+        yield Unknown("scanner out", (), 0.02, DOF_UM / math.sqrt(12))
+        for key, (low, high) in zip(_LENS, THEORY.values(), strict=True):
+            sd = (high - low) / math.sqrt(12)
+            yield Unknown(f"scanner {key}", (), 0.03 * (high - low), sd)
