@@ -215,8 +215,7 @@ class _Theory(SpectraByTheory):
     def unknown(self) -> Iterator[Unknown]:
         """The defocus first."""
         yield Unknown("defocus", (), 0.05, 1e3)
-        for key, (low, high) in zip(_LENS, THEORY.values(), strict=True):
-            yield Unknown(key, (), 0.03 * (high - low), (high - low) / math.sqrt(12))
+        yield from self._lens_unknown(_LENS)
         for stain in range(2):
             yield Unknown("path", (stain,), 0.05, 0.45, factor=True)
             for colour in range(3):
@@ -224,6 +223,11 @@ class _Theory(SpectraByTheory):
         for texture in range(3):
             yield Unknown("alike", (texture,), 0.05, 1 / math.sqrt(12))
         yield from self._texture_unknown(range(3))
+
+    def _lens_unknown(self, names: Iterable[str]) -> Iterator[Unknown]:
+        """What lenses are drawn by, under these names."""
+        for name, (low, high) in zip(names, THEORY.values(), strict=True):
+            yield Unknown(name, (), 0.03 * (high - low), (high - low) / math.sqrt(12))
 
     def _texture_unknown(self, textures: Iterable[int]) -> Iterator[Unknown]:
         """Their strengths and spectra."""
@@ -322,7 +326,7 @@ class _Scanned(_Theory):
         self.given["scanner out"] = torch.full((LENSES,), SCANNED_UM)
 
     def _changed(self, change: Unknown | None, side: int) -> dict[str, Tensor]:
-        """What is given of lens and slide; what is of the scanner, is set aside."""
+        """What is given of lens and slide; what is of the scanner is set aside."""
         given = super()._changed(change, side)
         for key in [k for k in given if k.startswith("scanner ")]:
             self._scanner[key.removeprefix("scanner ")] = given.pop(key)
@@ -344,7 +348,5 @@ class _Scanned(_Theory):
         for one in super().unknown():
             if one.of != "alike":
                 yield one
-        yield Unknown("scanner out", (), 0.02, DOF_UM / math.sqrt(12))
-        for key, (low, high) in zip(_LENS, THEORY.values(), strict=True):
-            sd = (high - low) / math.sqrt(12)
-            yield Unknown(f"scanner {key}", (), 0.03 * (high - low), sd)
+        yield Unknown(_SCANNER[0], (), 0.02, DOF_UM / math.sqrt(12))
+        yield from self._lens_unknown(_SCANNER[1:])

@@ -27,7 +27,7 @@ from mm_autofocus.models.lens import code_of
 from mm_autofocus.training.evaluation_table import number
 from mm_autofocus.training.lens_fit import lens_model
 
-from _virtual_stacks import Place, VirtualStack, drawn_at, places
+from _virtual_stacks import DOF_UM, Place, VirtualStack, drawn_at, places
 
 if TYPE_CHECKING:
     from mm_autofocus.models.runtime import OnnxModel
@@ -73,12 +73,9 @@ SHOWN = {
 def run(args: argparse.Namespace) -> str:
     """Make the text of the section."""
     model = lens_model(args.model)
-    rows: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    rows: dict[tuple[str, str], list[list[float]]] = {}
     for place, what, stack in _stacks(args):
-        row = rows.setdefault((place.name, what), [])
-        row += [
-            (z, z + error) for z, error in zip(stack.z_um, _errors(model, stack), strict=True)
-        ]
+        rows.setdefault((place.name, what), []).append(_errors(model, stack))
         print(f"{place.name}/{place.seed}, {place.sparsity}, {what}", flush=True)
     if not rows:
         raise SystemExit(f"--data {args.data}: no pictures in its folder textures")
@@ -95,12 +92,10 @@ def run(args: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for (name, what), found in rows.items():
-        z, told = np.array(found).T
-        error, aside = told - z, z != 0
-        means = [f"{np.nanmean(error[z == at]):+.2f}" for at in (-0.5, 0.0, 0.5)]
-        wrong = int((np.sign(told) != np.sign(z))[aside].sum())
-        cells = [name, what, str(len(z)), number(float(np.nanmean(np.abs(error)))), *means]
-        lines.append(f"| {' | '.join(cells)} | {wrong} of {aside.sum()} |")
+        errors = np.array(found)
+        mean = number(float(np.nanmean(np.abs(errors))))
+        cells = [name, what, str(errors.size), mean, *_near(errors, AT_UM)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_of_sections(args, model)])
 
 
@@ -113,7 +108,7 @@ def _of_sections(args: argparse.Namespace, model: OnnxModel) -> list[str]:
         f"{len(sections)} virtual sections, photographed by a microscope such as this one, "
         "each under a lens of its own, in focus and out of it, and these photographs as "
         f"specimens under the lenses of {len(under)} of the fields above. That a photograph is "
-        "sharp says no more than that it was taken within the depth of field (0.98 µm).",
+        f"sharp says no more than that it was taken within the depth of field ({DOF_UM} µm).",
         "",
         "| photographed at | error at -0.5 | at 0 | at +0.5 | wrong direction |",
         "|---|---|---|---|---|",
@@ -128,14 +123,19 @@ def _of_sections(args: argparse.Namespace, model: OnnxModel) -> list[str]:
                 for place in under:
                     shown = replace(place, picture=file)
                     errors.append(_errors(model, VirtualStack(shown, SIDES_UM, args.frame)))
-            found = np.array(errors)
-            means = [f"{e:+.2f}" for e in np.nanmean(found, axis=0)]
-            told, aside = found + SIDES_UM, np.array(SIDES_UM) != 0
-            wrong = int((np.sign(told) != np.sign(SIDES_UM))[:, aside].sum())
-            count = int(np.count_nonzero(aside)) * len(found)
-            lines.append(f"| {out:+g} µm | {' | '.join(means)} | {wrong} of {count} |")
+            cells = _near(np.array(errors), SIDES_UM)
+            lines.append(f"| {out:+g} µm | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     return lines
+
+
+def _near(errors: np.ndarray, at_um: tuple[float, ...]) -> list[str]:
+    """Of `errors` ``(stacks, planes)``: mean of each of `SIDES_UM`, and wrong directions."""
+    z = np.array(at_um)
+    means = [f"{np.nanmean(errors[:, z == at]):+.2f}" for at in SIDES_UM]
+    right = np.sign(errors + z) == np.sign(z)
+    wrong = ~right[:, z != 0]
+    return [*means, f"{wrong.sum()} of {wrong.size}"]
 
 
 def _errors(model: OnnxModel, stack: VirtualStack) -> list[float]:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core while collecting
 
@@ -30,9 +29,6 @@ from mm_autofocus.sim.slide import read_picture
 from mm_autofocus.sim.truth import microscope_of
 from mm_autofocus.training.collect import collect
 from mm_autofocus.training.dataset import read_meta
-
-if TYPE_CHECKING:
-    pass
 
 PIXEL_UM = 0.325
 OPTICS = {"na": 0.75, "magnification": 20}

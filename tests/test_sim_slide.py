@@ -417,8 +417,12 @@ def test_a_texture_that_is_no_picture_is_named(tmp_path):
     grey, deep = tmp_path / "grey.png", tmp_path / "deep.png"
     cv2.imwrite(str(grey), np.zeros((64, 64), np.uint8))
     cv2.imwrite(str(deep), np.zeros((64, 64, 3), np.uint16))
+    cut = tmp_path / "cut.tif"
+    cv2.imwrite(str(cut), np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    cut.write_bytes(cut.read_bytes()[:300])
     for path, words in (
         (text, "no picture"),
+        (cut, "no picture"),
         (tiny, "16"),
         (tmp_path / "none.png", "no file"),
         (grey, "64 × 64, uint8; allowed: colours of 8 bits"),

@@ -97,6 +97,18 @@ def test_what_was_taught_first_is_then_only_adapted(dataset: Dataset, tmp_path: 
         assert rates[-1] == pytest.approx(rates[0] * (0.1 if patches else 1))
 
 
+def test_a_run_of_other_rates_cannot_go_on(dataset: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(dataset.path, run, {**FIRST, "epochs": 1, "patches_per_stack": 4})
+    state = torch.load(run / "last.ckpt", weights_only=False)
+    first, *others = state["optimiser"]["param_groups"]
+    first["params"] += [p for g in others for p in g["params"]]
+    state["optimiser"]["param_groups"] = [first]
+    torch.save(state, run / "last.ckpt")
+    with pytest.raises(InputError, match="begun by another version"):
+        train(dataset.path, run, {"epochs": 2}, resume=True)
+
+
 def test_patches_too_small_for_spectra_are_refused_before_anything_is_written(
     dataset: Dataset, tmp_path: Path
 ) -> None:

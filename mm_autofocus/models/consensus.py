@@ -156,13 +156,14 @@ def agreed(values: Real, sd: Real | None) -> float:
     Returns
     -------
     float
-        Midway where several answers are equally good; NaN where one of `sd` is no number.
+        Midway where several answers are equally good; NaN where one of `values` or `sd` is no
+        number.
     """
     if sd is None:
         return float(np.median(values))
     v, sure = np.asarray(values, np.float64), np.asarray(sd, np.float64)
     sure = np.maximum(sure, max(_LEAST_SD * sure.max(), _TINY))
-    if not np.isfinite(sure).all():
+    if not (np.isfinite(v).all() and np.isfinite(sure).all()):
         return math.nan
     # what pulls at the answer falls in straight pieces, from end to end of these
     ends = np.sort(np.concatenate([v - _ALIKE * sure, v + _ALIKE * sure]))

@@ -7,7 +7,6 @@ on the slide and the seed.
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import cv2
 import numpy as np
-import tifffile
 
 from mm_autofocus.errors import InputError
 from mm_autofocus.sim import spectra
@@ -154,8 +152,8 @@ def read_picture(path: str) -> npt.NDArray[np.uint8]:
     Parameters
     ----------
     path : str
-        A TIFF or a slide scanner's file (``.svs``: its finest level), or another file that
-        OpenCV reads; empty: the immunohistochemistry picture that comes with scikit-image.
+        A file that OpenCV reads, a slide scanner's (``.svs``) among them: its finest level;
+        empty: the immunohistochemistry picture that comes with scikit-image.
 
     Raises
     ------
@@ -174,27 +172,20 @@ def read_picture(path: str) -> npt.NDArray[np.uint8]:
         return np.asarray(pictures.immunohistochemistry())
     if not Path(path).is_file():
         raise InputError(f"picture: {path!r} is no file; allowed: a colour picture")
-    if path.lower().endswith((".svs", ".tif", ".tiff")):
-        try:
-            read = tifffile.imread(path, key=0)
-        except (OSError, ValueError, LookupError, struct.error) as error:
-            raise InputError(f"picture: {path!r} is no TIFF ({error})") from error
-    else:
-        # as it is: OpenCV would make colours of 8 bits of whatever it reads
-        bgr = cv2.imread(path, cv2.IMREAD_UNCHANGED)
-        if bgr is None:
-            raise InputError(f"picture: {path!r} is no picture (png, jpg, tif, ...)")
-        read = bgr[..., 2::-1] if bgr.ndim == 3 else bgr
-    if read.ndim != 3 or read.shape[2] < 3 or read.dtype != np.uint8:
-        kind = " × ".join(map(str, read.shape))
+    # of its own colours and depth: else OpenCV makes colours of 8 bits of whatever it reads
+    bgr = cv2.imread(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    if bgr is None:
+        raise InputError(f"picture: {path!r} is no picture (png, jpg, tif, ...)")
+    if bgr.ndim != 3 or bgr.dtype != np.uint8:
+        kind = " × ".join(map(str, bgr.shape))
         raise InputError(
-            f"picture: {path!r} is {kind}, {read.dtype}; allowed: colours of 8 bits"
+            f"picture: {path!r} is {kind}, {bgr.dtype}; allowed: colours of 8 bits"
         )
-    if min(read.shape[:2]) < 16:
+    if min(bgr.shape[:2]) < 16:
         raise InputError(
-            f"picture: {read.shape[1]} × {read.shape[0]} pixels; allowed: 16 or more"
+            f"picture: {bgr.shape[1]} × {bgr.shape[0]} pixels; allowed: 16 or more"
         )
-    return np.ascontiguousarray(read[..., :3])
+    return np.ascontiguousarray(bgr[..., ::-1])
 
 
 @lru_cache(maxsize=4)

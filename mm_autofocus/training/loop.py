@@ -340,7 +340,13 @@ class _Loop:
     ) -> None:
         net.load_state_dict(state["training"])
         self.averaged.load_state_dict(state["weights"])
-        optimiser.load_state_dict(state["optimiser"])
+        try:
+            optimiser.load_state_dict(state["optimiser"])
+        except ValueError as e:  # other groups of weights
+            raise InputError(
+                f"{self.job.run}: begun by another version, which trained what reads spectra "
+                "at another rate; begin a new run (its weights serve as init)"
+            ) from e
         self.where = _Where(**state["where"])
         self.figures = state["figures"]
 
