@@ -3,8 +3,9 @@
 The side of focus is in how differently the colours are blurred. A photograph brings blur of its
 own: the lens that took it has blurred one colour more than another, and a net that looks at it
 through a second lens takes the one for the other. A stained section has no such blur. Here the
-same fields, under the same lenses, are shown as the picture is; with the fine structure of its
-green in red and blue, too; and with its blue blurred a little more.
+same fields, under the same lenses, are shown as the picture is; at half its size, which halves
+that blur; with the fine structure of its green in red and blue, too; and with its blue blurred
+a little more. Beside them, how much of the fine structure of each colour is that of green.
 
 Then sections of the virtual slide are photographed first, by another microscope, in focus and a
 little out of it, and these photographs are looked at: whoever took a picture did not focus
@@ -37,6 +38,8 @@ FINE_PX = 2.0  # standard deviation of the blur that leaves what is not fine
 COARSE_PX = 5.0
 SIDES_UM = (-0.5, 0.0, 0.5)
 BLUR_PX = 0.7  # standard deviation
+TILE_PX = 64
+PER_PX = (0.05, 0.1, 0.2, 0.3)  # frequencies, in periods a pixel
 OUT_UM = (-0.75, -0.5, 0.0, 0.5, 0.75)  # z from focus, where sections are photographed
 SECTION_PX = 1024
 
@@ -63,11 +66,47 @@ def with_soft_blue(picture: np.ndarray) -> np.ndarray:
     return cv2.merge([cv2.GaussianBlur(blue, (0, 0), BLUR_PX), green, red])
 
 
+def at_half_its_size(picture: np.ndarray) -> np.ndarray:
+    """``(Y, X, 3)``: means of 2 × 2 pixels, so that its own blur becomes half as wide."""
+    return cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+
+
 SHOWN = {
     "as it is": None,
+    "at half its size": at_half_its_size,
     "fine structure of its green in all colours": with_fine_green,
     f"its blue blurred by {BLUR_PX:g} pixels": with_soft_blue,
 }
+
+
+def shared_with_green(picture: np.ndarray) -> np.ndarray:
+    """How red and blue go with green, ``(2, 2, len(PER_PX))``: red and blue.
+
+    Of absorbance in windowed tiles, at each of `PER_PX`: coherence, and amplitude of what goes
+    with green over that of green, relative to the first.
+
+    Parameters
+    ----------
+    picture : numpy.ndarray
+        ``(Y, X, BGR)`` uint8.
+    """
+    absorbed = -np.log(np.maximum(picture.astype(np.float32), 4) / 255)
+    window = np.outer(*[np.hanning(TILE_PX)] * 2)[..., None]
+    spectra = []
+    for y in range(0, picture.shape[0] - TILE_PX + 1, TILE_PX // 2):
+        for x in range(0, picture.shape[1] - TILE_PX + 1, TILE_PX // 2):
+            tile = absorbed[y : y + TILE_PX, x : x + TILE_PX]
+            wave = np.fft.fft2((tile - tile.mean((0, 1))) * window, axes=(0, 1))
+            spectra.append(wave[..., :, None] * wave[..., None, :].conj())
+    cross = np.mean(spectra, 0).real
+    frequency = np.hypot(*np.meshgrid(*[np.fft.fftfreq(TILE_PX)] * 2))
+    near = [cross[np.abs(frequency - f) < 0.025].mean(0) for f in PER_PX]
+    found = []
+    for colour in (2, 0):
+        coherence = [c[colour, 1] / math.sqrt(c[colour, colour] * c[1, 1]) for c in near]
+        amplitude = np.array([c[colour, 1] / c[1, 1] for c in near])
+        found.append([coherence, amplitude / amplitude[0]])
+    return np.array(found)
 
 
 def run(args: argparse.Namespace) -> str:
@@ -96,7 +135,35 @@ def run(args: argparse.Namespace) -> str:
         mean = number(float(np.nanmean(np.abs(errors))))
         cells = [name, what, str(errors.size), mean, *_near(errors, AT_UM)]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *_of_colours(args)]
     return "\n".join([*lines, "", *_of_sections(args, model)])
+
+
+def _of_colours(args: argparse.Namespace) -> list[str]:
+    """How alike the colours of each picture are, and those of a section in focus."""
+    every = places(args.fields, args.data / "textures")
+    pictures = {p.name: cv2.imread(p.picture) for p in every if p.picture}
+    section = next(p for p in every if p.kind == "tissue" and p.sparsity == "dense")
+    (shot,) = VirtualStack(section, (0.0,), SECTION_PX).load()
+    pictures["a virtual section"] = cv2.cvtColor(shot, cv2.COLOR_RGB2BGR)
+    at = " / ".join(f"{f:g}" for f in PER_PX)
+    lines = [
+        "How the colours of these pictures go with their green, and those of a virtual section "
+        f"in focus: coherence, and amplitude over that of green, relative to {PER_PX[0]:g}, at "
+        f"{at} periods a pixel.",
+        "",
+        "| picture | red, coherence | amplitude | blue, coherence | amplitude |",
+        "|---|---|---|---|---|",
+    ]
+    for name, picture in pictures.items():
+        cells = [
+            " / ".join(f"{v:.2f}" for v in values)
+            for colour in shared_with_green(picture)
+            for values in colour
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return lines
 
 
 def _of_sections(args: argparse.Namespace, model: OnnxModel) -> list[str]:
