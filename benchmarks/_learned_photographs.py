@@ -27,6 +27,7 @@ import numpy as np
 from mm_autofocus.models.lens import code_of
 from mm_autofocus.training.evaluation_table import number
 from mm_autofocus.training.lens_fit import lens_model
+from numpy.lib.stride_tricks import sliding_window_view
 
 from _virtual_stacks import DOF_UM, Place, VirtualStack, drawn_at, places
 
@@ -44,12 +45,17 @@ OUT_UM = (-0.75, -0.5, 0.0, 0.5, 0.75)  # z from focus, where sections are photo
 SECTION_PX = 1024
 
 
+def _log_light(picture: np.ndarray) -> np.ndarray:
+    """What absorbance is the fall of, float32; of black, that of the darkest that counts."""
+    return np.asarray(np.log(np.maximum(picture.astype(np.float32), 4)))
+
+
 def with_fine_green(picture: np.ndarray) -> np.ndarray:
     """``(Y, X, 3)`` uint8, of whichever order: fine structure of the second colour in all.
 
     In absorbance, as strong as what is a little coarser is in each colour.
     """
-    absorbed = np.log(np.maximum(picture.astype(np.float32), 4))
+    absorbed = _log_light(picture)
     coarse = cv2.GaussianBlur(absorbed, (0, 0), FINE_PX)
     between = coarse - cv2.GaussianBlur(absorbed, (0, 0), COARSE_PX)
     fine = absorbed - coarse
@@ -90,15 +96,11 @@ def shared_with_green(picture: np.ndarray) -> np.ndarray:
     picture : numpy.ndarray
         ``(Y, X, BGR)`` uint8.
     """
-    absorbed = -np.log(np.maximum(picture.astype(np.float32), 4) / 255)
-    window = np.outer(*[np.hanning(TILE_PX)] * 2)[..., None]
-    spectra = []
-    for y in range(0, picture.shape[0] - TILE_PX + 1, TILE_PX // 2):
-        for x in range(0, picture.shape[1] - TILE_PX + 1, TILE_PX // 2):
-            tile = absorbed[y : y + TILE_PX, x : x + TILE_PX]
-            wave = np.fft.fft2((tile - tile.mean((0, 1))) * window, axes=(0, 1))
-            spectra.append(wave[..., :, None] * wave[..., None, :].conj())
-    cross = np.mean(spectra, 0).real
+    every = sliding_window_view(_log_light(picture), (TILE_PX, TILE_PX), (0, 1))
+    tiles = every[:: TILE_PX // 2, :: TILE_PX // 2]
+    tiles = tiles - tiles.mean((-2, -1), keepdims=True)
+    waves = np.fft.fft2(tiles * np.outer(*[np.hanning(TILE_PX)] * 2))
+    cross = np.einsum("rcpyx,rcqyx->yxpq", waves, waves.conj()).real
     frequency = np.hypot(*np.meshgrid(*[np.fft.fftfreq(TILE_PX)] * 2))
     near = [cross[np.abs(frequency - f) < 0.025].mean(0) for f in PER_PX]
     found = []
@@ -135,17 +137,19 @@ def run(args: argparse.Namespace) -> str:
         mean = number(float(np.nanmean(np.abs(errors))))
         cells = [name, what, str(errors.size), mean, *_near(errors, AT_UM)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *_of_colours(args)]
-    return "\n".join([*lines, "", *_of_sections(args, model)])
+    every = [p for p in places(args.fields, args.data / "textures") if p.sparsity == "dense"]
+    under = [p for p in every if p.picture]
+    sections = [p for p in every if p.kind == "tissue"]
+    shots = [VirtualStack(p, OUT_UM, SECTION_PX).load() for p in sections]
+    pictures = {p.name: cv2.imread(p.picture) for p in under}
+    in_focus = shots[0][OUT_UM.index(0.0)]
+    pictures["a virtual section"] = cv2.cvtColor(in_focus, cv2.COLOR_RGB2BGR)
+    lines += ["", *_of_colours(pictures), "", *_of_sections(args, model, shots, under)]
+    return "\n".join(lines)
 
 
-def _of_colours(args: argparse.Namespace) -> list[str]:
-    """How alike the colours of each picture are, and those of a section in focus."""
-    every = places(args.fields, args.data / "textures")
-    pictures = {p.name: cv2.imread(p.picture) for p in every if p.picture}
-    section = next(p for p in every if p.kind == "tissue" and p.sparsity == "dense")
-    (shot,) = VirtualStack(section, (0.0,), SECTION_PX).load()
-    pictures["a virtual section"] = cv2.cvtColor(shot, cv2.COLOR_RGB2BGR)
+def _of_colours(pictures: dict[str, np.ndarray]) -> list[str]:
+    """How alike the colours are of each of `pictures`, ``(Y, X, BGR)``."""
     at = " / ".join(f"{f:g}" for f in PER_PX)
     lines = [
         "How the colours of these pictures go with their green, and those of a virtual section "
@@ -166,13 +170,15 @@ def _of_colours(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def _of_sections(args: argparse.Namespace, model: OnnxModel) -> list[str]:
-    """What a photograph that is out of focus does, by photographs of virtual sections."""
-    every = [p for p in places(args.fields, args.data / "textures") if p.sparsity == "dense"]
-    sections = [p for p in every if p.kind == "tissue"]
-    under = [p for p in every if p.picture]
+def _of_sections(
+    args: argparse.Namespace, model: OnnxModel, shots: list[np.ndarray], under: list[Place]
+) -> list[str]:
+    """What a photograph that is out of focus does, by `shots` of virtual sections.
+
+    Each ``(len(OUT_UM), Y, X, RGB)``, brought under the lenses of the places `under`.
+    """
     lines = [
-        f"{len(sections)} virtual sections, photographed by a microscope such as this one, "
+        f"{len(shots)} virtual sections, photographed by a microscope such as this one, "
         "each under a lens of its own, in focus and out of it, and these photographs as "
         f"specimens under the lenses of {len(under)} of the fields above. That a photograph is "
         f"sharp says no more than that it was taken within the depth of field ({DOF_UM} µm).",
@@ -181,7 +187,6 @@ def _of_sections(args: argparse.Namespace, model: OnnxModel) -> list[str]:
         "|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        shots = [VirtualStack(p, OUT_UM, SECTION_PX).load() for p in sections]
         for k, out in enumerate(OUT_UM):
             errors = []
             for j, shot in enumerate(shots):

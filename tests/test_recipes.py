@@ -136,3 +136,26 @@ def test_where_the_seeds_of_training_end_it_says_so(
     with pytest.raises(SystemExit, match=r"first_seed 1000000: .* after 0 of 20 stacks"):
         recipes.collect_share(recipe, tmp_path / "share0", 40, 0, 2)
     assert not (tmp_path / "share0").exists()
+
+
+def test_how_much_of_a_colour_is_left_beside_green_is_that_of_its_blur(
+    recipes: ModuleType,
+) -> None:
+    import _learned_photographs as photographs
+
+    rng = np.random.default_rng(0)
+    fine = cv2.GaussianBlur(rng.normal(0, 1, (400, 400)), (0, 0), 0.8)
+    green = 0.9 + 0.15 * fine / fine.std()
+    blue, red = cv2.GaussianBlur(green, (0, 0), 0.7), 0.5 * green
+    light = 255 * np.exp(-np.stack([blue, green, red], 2))
+    of_red, of_blue = photographs.shared_with_green(light.round().astype(np.uint8))
+    f = np.array(photographs.PER_PX)
+    left = np.exp(-2 * np.pi**2 * 0.7**2 * (f**2 - f[0] ** 2))
+    np.testing.assert_allclose(of_red, 1, atol=0.03)
+    np.testing.assert_allclose(of_blue, [np.ones(len(f)), left], atol=0.03)
+
+    noise = rng.normal(0, green.std(), green.shape)  # as strong as what is shared, or more
+    light[..., 0] *= np.exp(-noise)
+    coherence, _ = photographs.shared_with_green(light.clip(0, 255).round().astype(np.uint8))[1]
+    assert (np.diff(coherence) < 0).all()
+    assert coherence[-1] < 0.6
