@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+from mm_autofocus.sim.slide import read_picture
 
 from conftest import ROOT
 
@@ -60,8 +62,7 @@ REFUSED = {
     "empty": ({}, "no picture in it"),
     "damaged": ({"a.jpg": b"\xff\xd8\xff no"}, "is no picture"),
     "damaged slide": ({"a.svs": b"II*\0 no"}, "a.svs"),
-    "grey slide": ({"a.tif": np.zeros((64, 64), np.uint8)}, "allowed: colours of 8 bits"),
-    "12 bits": ({"a.tif": np.zeros((64, 64, 3), np.uint16)}, "allowed: colours of 8 bits"),
+    "12 bits": ({"a.tif": np.zeros((64, 64, 3), np.uint16)}, "allowed: 8 bits"),
 }
 
 
@@ -159,3 +160,15 @@ def test_how_much_of_a_colour_is_left_beside_green_is_that_of_its_blur(
     coherence, _ = photographs.shared_with_green(light.clip(0, 255).round().astype(np.uint8))[1]
     assert (np.diff(coherence) < 0).all()
     assert coherence[-1] < 0.6
+
+
+@pytest.mark.parametrize("script", ["make_slide20x", "make_tsva20x"])
+def test_every_picture_that_a_recipe_names_is_there_and_can_be_read(
+    recipes: ModuleType, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    """Two of them are grey."""
+    monkeypatch.delitem(sys.modules, script, raising=False)
+    named = importlib.import_module(script).RECIPE.pictures
+    assert len(named) >= 4
+    for name in named:
+        assert read_picture(str(recipes.PICTURES / name)).shape[2] == 3

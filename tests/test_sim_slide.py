@@ -16,7 +16,14 @@ from mm_autofocus.sim.camera import Camera, CameraSettings
 from mm_autofocus.sim.mechanics import Axis, Clock, FaultSwitch
 from mm_autofocus.sim.noise import noise, noise_at
 from mm_autofocus.sim.render import Field, Renderer, View
-from mm_autofocus.sim.slide import KINDS, SPARSITIES, Slide, SlideSettings, load_picture
+from mm_autofocus.sim.slide import (
+    KINDS,
+    SPARSITIES,
+    Slide,
+    SlideSettings,
+    load_picture,
+    read_picture,
+)
 
 LENS = Lens(0.75)
 PITCH = 0.325
@@ -414,8 +421,7 @@ def test_a_texture_that_is_no_picture_is_named(tmp_path):
     text.write_text("no picture")
     tiny = tmp_path / "tiny.png"
     cv2.imwrite(str(tiny), np.zeros((4, 4, 3), np.uint8))
-    grey, deep = tmp_path / "grey.png", tmp_path / "deep.png"
-    cv2.imwrite(str(grey), np.zeros((64, 64), np.uint8))
+    deep = tmp_path / "deep.png"
     cv2.imwrite(str(deep), np.zeros((64, 64, 3), np.uint16))
     cut = tmp_path / "cut.tif"
     cv2.imwrite(str(cut), np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
@@ -425,11 +431,16 @@ def test_a_texture_that_is_no_picture_is_named(tmp_path):
         (cut, "no picture"),
         (tiny, "16"),
         (tmp_path / "none.png", "no file"),
-        (grey, "64 × 64, uint8; allowed: colours of 8 bits"),
-        (deep, "64 × 64 × 3, uint16; allowed: colours of 8 bits"),
+        (deep, "64 × 64 × 3, uint16; allowed: 8 bits"),
     ):
         with pytest.raises(InputError, match=words):
             Slide(SlideSettings(kind="picture", picture=str(path)))
+
+
+def test_a_grey_picture_is_alike_in_all_colours(tmp_path):
+    grey = np.random.default_rng(0).integers(20, 255, (64, 64), np.uint8)
+    cv2.imwrite(str(tmp_path / "grey.png"), grey)
+    assert (read_picture(str(tmp_path / "grey.png")) == grey[..., None]).all()
 
 
 @pytest.mark.parametrize(

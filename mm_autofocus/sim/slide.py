@@ -147,7 +147,7 @@ class Layer:
 
 
 def read_picture(path: str) -> npt.NDArray[np.uint8]:
-    """Read a colour picture of 8 bits as ``(Y, X, RGB)`` uint8.
+    """Read a picture of 8 bits as ``(Y, X, RGB)`` uint8; a grey one is alike in all colours.
 
     Parameters
     ----------
@@ -171,16 +171,16 @@ def read_picture(path: str) -> npt.NDArray[np.uint8]:
         pictures: Any = skimage.data
         return np.asarray(pictures.immunohistochemistry())
     if not Path(path).is_file():
-        raise InputError(f"picture: {path!r} is no file; allowed: a colour picture")
+        raise InputError(f"picture: {path!r} is no file; allowed: a picture")
     # of its own colours and depth: else OpenCV makes colours of 8 bits of whatever it reads
     bgr = cv2.imread(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
     if bgr is None:
         raise InputError(f"picture: {path!r} is no picture (png, jpg, tif, ...)")
-    if bgr.ndim != 3 or bgr.dtype != np.uint8:
+    if bgr.dtype != np.uint8:
         kind = " × ".join(map(str, bgr.shape))
-        raise InputError(
-            f"picture: {path!r} is {kind}, {bgr.dtype}; allowed: colours of 8 bits"
-        )
+        raise InputError(f"picture: {path!r} is {kind}, {bgr.dtype}; allowed: 8 bits")
+    if bgr.ndim == 2:
+        bgr = cv2.cvtColor(bgr, cv2.COLOR_GRAY2BGR)
     if min(bgr.shape[:2]) < 16:
         raise InputError(
             f"picture: {bgr.shape[1]} × {bgr.shape[0]} pixels; allowed: 16 or more"
