@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tifffile
 from mm_autofocus.training.evaluation_table import number
-from mm_autofocus.training.label import StackMeter
+from mm_autofocus.training.label import StackMeter, middle_of, peak_of
 
 from _refocus_virtual import markdown
 from _virtual_stacks import first_of, open_place, places, tried
@@ -21,7 +21,8 @@ from _virtual_stacks import first_of, open_place, places, tried
 STEPS_UM = (0.5, 1.0, 2.0)
 HALF_UM = 9.0
 SIDE = 256
-OURS = "label: centroid above half the height"
+MIDDLE, PEAK = "centroid above half the height", "spline through the logarithm"
+OURS = "label: centroid, unless the peak is clearly beside it"
 
 
 def _sharpest(z: np.ndarray, s: np.ndarray) -> float:
@@ -53,6 +54,8 @@ OTHERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "sharpest plane": _sharpest,
     "parabola through three planes": _parabola,
     "Gaussian through the top": _bell,
+    PEAK: peak_of,
+    MIDDLE: lambda z, s: middle_of(z, s)[0],
 }
 
 

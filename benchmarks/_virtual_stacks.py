@@ -33,8 +33,12 @@ PICTURES = ("tiatoolbox_target_image.png", "tcgafocus_32381_sharp.png")
 SPACING = 20
 QUALITY = "standard"
 PIXEL_UM = 0.325
-# every 1 µm about focus, every 2 µm as far as the nets reach
-CALIBRATION_UM = tuple(float(z) for z in sorted({*range(-26, 27, 2), *range(-6, 7)}))
+# every 0.5 µm about focus, for the label; every 1 µm further off, every 2 µm as far as the
+# nets reach
+CALIBRATION_UM = tuple(
+    sorted({*map(float, range(-26, 27, 2)), *map(float, range(-6, 7)), -1.5, -0.5, 0.5, 1.5})
+)
+_STACKS = 2  # that one calibration takes
 _CALIBRATED = 50_000  # from the seed of a place to that of the slide for its calibration
 DOF_UM = 0.98
 
@@ -263,17 +267,34 @@ def calibration_stacks(
     other = Place(BENCHMARK_SEEDS[number + _CALIBRATED], kind, picture, "dense")
 
     def both(candidate: Place) -> list[VirtualStack]:
-        found = [
-            LabelledStack(candidate, CALIBRATION_UM, side, cache, under=place, which=which)
-            for which in range(2)
-        ]
-        for stack in found:
-            stack.load()
-            if stack.label is None:
-                raise InputError(f"{stack.group}: the field has no label")
-        return list(found)
+        return _labelled(candidate, range(2), side, cache, under=place)
 
     return first_of(next(tried([other])), both)
+
+
+def slide_stacks(place: Place, *, side: int, cache: Path | None = None) -> list[VirtualStack]:
+    """What a user would take to calibrate on the slide of a place: two other dense fields."""
+    # the first dense field is the one that is judged
+    return _labelled(replace(place, sparsity="dense"), range(1, 9), side, cache)
+
+
+def _labelled(
+    place: Place,
+    which: Iterable[int],
+    side: int,
+    cache: Path | None,
+    under: Place | None = None,
+) -> list[VirtualStack]:
+    """The first two of these fields of a slide whose stack has a label."""
+    found: list[VirtualStack] = []
+    for k in which:
+        stack = LabelledStack(place, CALIBRATION_UM, side, cache, under=under, which=k)
+        stack.load()
+        if stack.label is not None:
+            found.append(stack)
+        if len(found) == _STACKS:
+            return found
+    raise InputError(f"{place.name}/{place.seed}: fewer than {_STACKS} fields with a label")
 
 
 @dataclass

@@ -23,15 +23,13 @@ from mm_autofocus.strategies.hill_climb import HillClimb
 from mm_autofocus.training.calibrate import Images, calibrate
 from mm_autofocus.training.calibration_page import calibration_page
 from mm_autofocus.training.collect import Collection
+from mm_autofocus.training.curve_fit import OPTION as CURVE
+from mm_autofocus.training.curve_fit import CurveFit, fit_curve, write_curve
 from mm_autofocus.training.dataset import Dataset
+from mm_autofocus.training.fitted_copy import check_stacks, onnx_model
 from mm_autofocus.training.focus_curves import SHARE
-from mm_autofocus.training.lens_fit import (
-    LensFit,
-    check_stacks,
-    fit_lens,
-    lens_model,
-    write_lens,
-)
+from mm_autofocus.training.lens_fit import OPTION as LENS
+from mm_autofocus.training.lens_fit import LensFit, fit_lens, lens_model, write_lens
 from mm_autofocus.training.recommend import Recommendation, recommend
 from mm_autofocus.training.stage_play import StagePlay, StageSweeps, play_of
 
@@ -65,9 +63,9 @@ class Calibration:
         How to focus.
     settings_file : Path | None
         Where that was written to.
-    lens : LensFit | None
-        What a model was told of the lens.
-    lens_file : Path | None
+    fit : LensFit | CurveFit | None
+        What a model was told of the lens, or its calibration curve.
+    fitted_file : Path | None
         The copy of the model that holds it; None: it is no better by it.
     """
 
@@ -77,8 +75,8 @@ class Calibration:
     stage_reason: str
     recommended: Recommendation
     settings_file: Path | None = None
-    lens: LensFit | None = None
-    lens_file: Path | None = None
+    fit: LensFit | CurveFit | None = None
+    fitted_file: Path | None = None
 
     @property
     def exit_code(self) -> int:
@@ -93,8 +91,9 @@ class Calibration:
             "dataset": None if self.dataset is None else str(self.dataset),
             "images": None if self.images is None else self.images.to_json(),
             "stage": {**stage, "reason": self.stage_reason},
-            "lens": None if self.lens is None else self.lens.to_json(),
-            "model": None if self.lens_file is None else str(self.lens_file),
+            "lens": self.fit.to_json() if isinstance(self.fit, LensFit) else None,
+            "curve": self.fit.to_json() if isinstance(self.fit, CurveFit) else None,
+            "model": None if self.fitted_file is None else str(self.fitted_file),
             "recommended": self.recommended.to_json(),
             "settings_file": None if self.settings_file is None else str(self.settings_file),
         }
@@ -109,8 +108,8 @@ class Calibration:
             b, r = self.stage.backlash, self.stage.repeatability
             yield f"backlash      {b.um:.2f} µm ({b.low_um:.2f} … {b.high_um:.2f})"
             yield f"repeatability {r.um:.2f} µm ({r.low_um:.2f} … {r.high_um:.2f})"
-        if self.lens is not None:
-            yield from _lens_lines(self.lens, self.lens_file)
+        if self.fit is not None:
+            yield from _fit_lines(self.fit, self.fitted_file)
         best = self.recommended
         looks = best.looks_um
         at = "" if looks is None else f", looks at [{', '.join(f'{x:g}' for x in looks)}] µm"
@@ -134,6 +133,7 @@ def calibrate_microscope(
     overwrite: bool = False,
     model: str | None = None,
     lens_output: Path | None = None,
+    curve_output: Path | None = None,
     sets: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -164,6 +164,9 @@ def calibrate_microscope(
     lens_output : path, optional
         ``*.onnx`` for a copy of that model that is told of the lens which the stacks show: see
         `mm_autofocus.training.lens_fit`. It takes the model's place in the settings.
+    curve_output : path, optional
+        The same with a calibration curve of the slide of the stacks: see
+        `mm_autofocus.training.curve_fit`.
     sets : mapping, optional
         Settings: limits, channel, exposure, optics.
     seed : int, optional
@@ -181,14 +184,14 @@ def calibrate_microscope(
         A device failed.
     """
     _check_asked(dataset, config, plan, output, report, overwrite=overwrite)
-    fitted = _model_to_fit(model, dataset, lens_output, overwrite=overwrite)
+    fitting = _fitting(model, dataset, lens_output, curve_output, overwrite=overwrite)
     settings = parse_settings(sets, where="--set")
     say = progress or (lambda _: None)
     stage, reason, data = None, _NOT_RECORDED, None
     if plan is None and dataset is not None:
         data = Dataset.open(dataset)
-        if fitted is not None:  # before anything moves
-            check_stacks(fitted, data.labelled)
+        if fitting is not None:  # before anything moves
+            check_stacks(fitting.model, data.labelled, fitting.option)
     if config is not None:
         collection = None
         if plan is not None and dataset is not None:
@@ -208,19 +211,18 @@ def calibrate_microscope(
         finally:
             close_core(core)
     images = None if data is None else calibrate(data, seed=seed, progress=progress)
-    lens, lens_file, tried = None, None, None
-    if lens_output is not None and fitted is not None and data is not None:
-        lens = fit_lens(fitted, data.labelled, seed=seed, progress=say)
-        if lens.helps:
-            write_lens(fitted, lens_output, lens, data=data.path.name)
-            lens_file, model = lens_output, str(lens_output)
-            worth = f"off by {lens.mae_um:.2f} µm on fields that its lens was not found by"
-            tried = (fitted.card, worth)
+    fit, fitted_file, tried = None, None, None
+    if fitting is not None and data is not None:
+        fit = fitting.fit(data, seed, say)
+        if fit.helps:
+            fitted_file, model = fitting.output, str(fitting.output)
+            worth = f"off by {fit.mae_um:.2f} µm on fields that {fitting.its} was not found by"
+            tried = (fitting.model.card, worth)
     recommended = recommend(images, stage, given=sets, model=model, tried=tried)
     if output is not None:
         write_text(output, recommended.text())
     path = None if data is None else data.path
-    done = Calibration(path, images, stage, reason, recommended, output, lens, lens_file)
+    done = Calibration(path, images, stage, reason, recommended, output, fit, fitted_file)
     if report is not None and images is not None:
         write_text(report, calibration_page(images, list(done.lines()), recommended.text()))
     return done
@@ -249,17 +251,64 @@ def _check_asked(
             raise InputError(f"--report: {report}: a report needs the stacks of a dataset")
 
 
-def _model_to_fit(
-    model: str | None, dataset: Path | None, output: Path | None, *, overwrite: bool
-) -> OnnxModel | None:
-    """The model that is to be told of the lens, if any is."""
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """What is to be fitted to the stacks.
+
+    Attributes
+    ----------
+    model : OnnxModel
+    option : {"--fit-lens", "--fit-curve"}
+    output : Path
+        ``*.onnx`` for the copy.
+    """
+
+    model: OnnxModel
+    option: str
+    output: Path
+
+    @property
+    def its(self) -> str:
+        """What the copy holds, in words."""
+        return "its lens" if self.option == LENS else "its curve"
+
+    def fit(self, data: Dataset, seed: int, say: Callable[[str], None]) -> LensFit | CurveFit:
+        """Fit, and write the copy if it is better."""
+        stacks, name = data.labelled, data.path.name
+        if self.option == LENS:
+            lens = fit_lens(self.model, stacks, seed=seed, progress=say)
+            if lens.helps:
+                write_lens(self.model, self.output, lens, data=name)
+            return lens
+        curve = fit_curve(self.model, stacks, seed=seed, progress=say)
+        if curve.helps:
+            write_curve(self.model, self.output, curve, data=name)
+        return curve
+
+
+def _fitting(
+    model: str | None,
+    dataset: Path | None,
+    lens: Path | None,
+    curve: Path | None,
+    *,
+    overwrite: bool,
+) -> _Fitting | None:
+    """What is to be fitted, if anything is."""
+    if lens is not None and curve is not None:
+        raise InputError(
+            f"{LENS} and {CURVE}: only one at a time; the lens first, by stacks of any slide, "
+            "then the curve of that copy on the slide"
+        )
+    output, option = (lens, LENS) if lens is not None else (curve, CURVE)
     if output is None:
         return None
     check_new_file(output, overwrite=overwrite, kinds=(".onnx",))
     if model is None or dataset is None:
         missing = "a model with --model" if model is None else "the stacks of a dataset"
-        raise InputError(f"--fit-lens: {output}: needs {missing}")
-    return lens_model(model)
+        raise InputError(f"{option}: {output}: needs {missing}")
+    found = lens_model(model) if option == LENS else onnx_model(model, option)
+    return _Fitting(found, option, output)
 
 
 def measure_stage(
@@ -370,13 +419,18 @@ def _xy_restored(core: Any) -> Iterator[None]:
                 core.waitForDevice(stage)
 
 
-def _lens_lines(lens: LensFit, file: Path | None) -> Iterator[str]:
-    told = ", ".join(f"{name} {value:.2g}" for name, value in lens.values.items())
-    yield f"lens          {told}"
+def _fit_lines(fit: LensFit | CurveFit, file: Path | None) -> Iterator[str]:
+    if isinstance(fit, LensFit):
+        told = ", ".join(f"{name} {value:.2g}" for name, value in fit.values.items())
+        yield f"lens          {told}"
+        how, what = "where it is told of the lens", "a lens"
+    else:
+        yield f"curve         the model says {fit.aside_um:+.2f} µm where the slide is in focus"
+        how, what = "with a calibration curve", "a curve"
     yield (
-        f"model         off by {lens.mae_um:.2f} µm where it is told of the lens, "
-        f"{lens.mae_before_um:.2f} µm where not ({lens.frames} frames of {lens.fields} fields, "
-        "each by a lens found on others)"
+        f"model         off by {fit.mae_um:.2f} µm {how}, "
+        f"{fit.mae_before_um:.2f} µm without ({fit.frames} frames of {fit.fields} fields, "
+        f"each by {what} found on others)"
     )
     yield f"{'':14}{file or 'no better: not written'}"
 

@@ -527,6 +527,10 @@ def calibrate(
         Path | None,
         typer.Option(help="*.onnx: a copy of --model, told of the lens that the stacks show."),
     ] = None,
+    fit_curve: Annotated[
+        Path | None,
+        typer.Option(help="*.onnx: a copy of --model, calibrated on the slide of the stacks."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the test of the sign, and of the fit.")] = 0,
     set_: Sets = None,
     overwrite: Overwrite = False,
@@ -545,6 +549,7 @@ def calibrate(
         overwrite=overwrite,
         model=model,
         lens_output=fit_lens,
+        curve_output=fit_curve,
         sets=parse_sets(set_),
         seed=seed,
         progress=lambda what: None if json_ else typer.echo(f"{what} …", err=True),

@@ -405,6 +405,7 @@ def _card_table(card: ModelCard, size: int | None) -> Any:
         f"{scaled}",
         "objective": f"{_known(card.magnification)} × / {_known(card.na)}",
         "lens": _lens(card),
+        "calibration curve": _curve(card),
         "depth of field": f"{_known(card.dof_um)} µm",
         "trained range": f"{low:+g} … {high:+g} µm",
         "unlikeness score": "none" if card.ood is None else "of every frame",
@@ -429,6 +430,15 @@ def _lens(card: ModelCard) -> str:
     values = ", ".join(f"{name} {value:.3g}" for name, value in card.lens.values.items())
     facts = "".join(f"; {key} {value}" for key, value in card.lens.fitted.items())
     return f"{values}{facts}"
+
+
+def _curve(card: ModelCard) -> str:
+    """Of which slide the model has a calibration curve."""
+    if card.curve is None:
+        return "none; calibrate --fit-curve finds that of a slide"
+    ends = card.curve.said_um
+    facts = "".join(f"; {key} {value}" for key, value in card.curve.fitted.items())
+    return f"from {ends[0]:+.3g} to {ends[-1]:+.3g} µm{facts}"
 
 
 def _size(model: FocusModel | RefocusModel) -> int | None:

@@ -116,7 +116,7 @@ def test_small_patches_err_more_under_noise() -> None:
     rng = np.random.default_rng(2)
     curve = np.exp2(-((Z - 0.4) ** 2) / 4)[:, None]
     tiles = 100 * curve + rng.normal(0, 25, (len(Z), 64))
-    errors = patch_errors(Z, tiles, 0.4)
+    errors = patch_errors(Z, tiles)
     assert errors[8] > errors[2] > 0
     assert errors[1] < 0.3
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mm_autofocus.errors import InputError
 from mm_autofocus.training import Dataset, Split, Stack
-from mm_autofocus.training.label import StackMeter, focus_of, sparsity_of
+from mm_autofocus.training.label import StackMeter, middle_of, peak_of, sparsity_of
 from mm_autofocus.training.recorded import add_recorded, find_stacks
 from mm_autofocus.training.split import PARTS, draw, groups_of
 from scipy.ndimage import gaussian_filter
@@ -74,17 +74,48 @@ def test_the_peak_is_found_between_the_planes(focus, step, noise, seed) -> None:
 @pytest.mark.parametrize("focus_um", [-8.7, -7.0, 0.2, 7.0, 8.4, 8.7])
 def test_a_flank_that_the_stack_cuts_off_does_not_move_the_peak(half_um, focus_um) -> None:
     z = np.arange(-10, 11.0)
-    found, width = focus_of(z, 0.02 + np.exp(-2 * ((z - focus_um) / half_um) ** 2))
+    scores = 0.02 + np.exp(-2 * ((z - focus_um) / half_um) ** 2)
+    found, width = middle_of(z, scores)
     assert abs(found - focus_um) < 0.02
     assert width > 0
+    assert abs(peak_of(z, scores) - focus_um) < 0.05
 
 
 @pytest.mark.parametrize("scores", [np.arange(9.0), np.arange(9.0)[::-1], np.ones(9)])
 def test_a_curve_without_a_flank_has_its_sharpest_plane(scores) -> None:
     """As those of patches, or of what is left of a frame without one, may be."""
-    found, width = focus_of(np.arange(9.0), scores)
-    assert found == scores.argmax()
+    found, width = middle_of(np.arange(9.0), scores)
+    assert found == scores.argmax() == peak_of(np.arange(9.0), scores)
     assert np.isfinite(width)
+
+
+def steep_above(z: np.ndarray) -> np.ndarray:
+    """Contrast of a thin specimen, in focus at 0, under a lens with spherical aberration."""
+    return np.where(z > 0, np.exp(-((z / 1.4) ** 2)), 1 / (1 + (z / 2.2) ** 2))
+
+
+@pytest.mark.parametrize("off_um", [0.0, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("step_um", [0.5, 1.0])
+def test_the_label_of_a_thin_specimen_is_the_peak_also_where_flanks_differ(
+    off_um: float, step_um: float
+) -> None:
+    """The middle of such a curve lies 0.3 µm below its peak."""
+    z = np.arange(-10, 11, step_um) + off_um
+    rng = np.random.default_rng(1)
+    meter = StackMeter()
+    for at, contrast in zip(z, steep_above(z), strict=True):
+        image = 120 + 30 * contrast * TEXTURE + rng.normal(scale=0.5, size=TEXTURE.shape)
+        meter.add(at, np.clip(np.rint(image), 0, 255).astype(np.uint8))
+    label = meter.label()
+    middle, _ = middle_of(z, np.array(meter.scores))
+    assert middle < -0.2
+    assert abs(label.focus_z_um) < 0.15 * step_um + 0.02
+    assert abs(label.focus_z_um) < 3 * label.expected_error_um
+
+
+def test_scores_that_are_nothing_on_the_flanks_have_a_peak() -> None:
+    scores = np.array([0.0, 0, 0, 2, 4, 2, 0, 0, 0])
+    assert abs(peak_of(np.arange(9.0), scores) - 4) < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -279,10 +279,65 @@ def test_a_lens_that_does_not_help_is_not_written(
     assert not copy.exists()
 
 
+def test_a_copy_is_calibrated_on_a_slide(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, settings = tmp_path / "slide.onnx", tmp_path / "slide.yaml"
+    words = ["calibrate", str(dataset.path), "--model", MODEL, "--fit-curve", str(copy)]
+    assert code_of_command(*words, "-o", str(settings), "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    curve = said["curve"]
+    assert (said["model"], said["lens"]) == (str(copy), None)
+    # of another condenser than the usual one: the curve mends what it can
+    assert curve["mae_um"] < 0.9 * curve["mae_before_um"]
+    assert "on fields that its curve was not found by" in settings.read_text()
+    before, after = load_model(MODEL), load_model(copy)
+    assert isinstance(after, OnnxModel)
+    assert after.card.curve is not None
+    assert after.card.curve.fitted["model"] == MODEL
+    assert after.card.error != before.card.error
+    stack = dataset.labelled[0]
+    for k in range(1, len(stack.z_um), 3):
+        one, other = (m.predict([stack.plane(k)], max_value=255) for m in (before, after))
+        assert other.defocus_um == pytest.approx(after.card.curve.of(one.defocus_um))
+    assert code_of_command("models", "check", str(copy)) == 0
+    capsys.readouterr()
+    assert code_of_command("models", "show", str(copy)) == 0
+    assert "calibration curve" in capsys.readouterr().out
+    # on the next slide it begins with the model itself, and so does the lens
+    again = tmp_path / "again.onnx"
+    words[3], words[-1] = str(copy), str(again)
+    assert code_of_command(*words) == 0
+    assert "curve         the model says" in capsys.readouterr().out
+    second = load_model(again)
+    assert second.card.curve.said_um == after.card.curve.said_um
+    assert lens_model(copy).card.curve is None
+
+
+def test_a_curve_that_does_not_help_is_not_written(
+    dataset: Dataset, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mm_autofocus.models.card import Curve
+    from mm_autofocus.training import curve_fit
+
+    wrong = Curve(said_um=(-1.0, 1.0), defocus_um=(4.0, 6.0))
+    monkeypatch.setattr(curve_fit, "curve_through", lambda *_: wrong)
+    copy = tmp_path / "slide.onnx"
+    words = ["calibrate", str(dataset.path), "--model", MODEL, "--fit-curve", str(copy)]
+    assert code_of_command(*words) == 0
+    assert "no better: not written" in capsys.readouterr().out
+    assert not copy.exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--fit-lens", "NEW.onnx"], "needs a model with --model"),
+        (["--fit-curve", "NEW.onnx"], "needs a model with --model"),
+        (
+            ["--fit-lens", "NEW.onnx", "--fit-curve", "NEWER.onnx", "--model", MODEL],
+            "only one at a time",
+        ),
         (["--fit-lens", "NEW.txt", "--model", MODEL], "NEW.txt"),
         (["--fit-lens", "NEW.onnx", "--model", f"{MODEL}-two-look"], "cannot be told"),
         (["--fit-lens", "there.onnx", "--model", MODEL], "exists already"),

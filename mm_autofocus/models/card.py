@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from mm_autofocus.errors import InputError
 from mm_autofocus.models.card_parts import (
     Count,
+    Curve,
     ErrorModel,
     Floats,
     Importance,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KEY",
     "UNSEALED",
+    "Curve",
     "ErrorModel",
     "Importance",
     "LensInput",
@@ -90,6 +92,9 @@ class ModelCard(Strict):
         See the classes. No importance: every patch with content is looked at.
     lens : LensInput | None
         What the net may be told of the lens; None: nothing.
+    curve : Curve | None
+        From what the net says to the defocus, of the slide that it was calibrated on; None:
+        as the net says it.
     pixel_size_um : float | None
         Of the frames it was trained on, in the specimen.
     pixel_tolerance : float
@@ -129,6 +134,7 @@ class ModelCard(Strict):
     outputs: Outputs = Field(default_factory=Outputs)
     importance: Importance | None = None
     lens: LensInput | None = None
+    curve: Curve | None = None
     pixel_size_um: Positive | None = None
     pixel_tolerance: NonNegative = 0.1
     may_rescale: bool = False

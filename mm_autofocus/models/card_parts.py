@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mm_autofocus.models.lens import LENS_NAMES, code_of
 
 if TYPE_CHECKING:
-    import numpy as np
+    from typing import Self
+
     import numpy.typing as npt
 
 __all__ = [
     "Count",
+    "Curve",
     "ErrorModel",
     "Floats",
     "Importance",
@@ -220,6 +224,43 @@ class LensInput(Strict):
     def code(self) -> npt.NDArray[np.float32]:
         """What the graph holds, ``(numbers,)`` float32."""
         return code_of(self.ranges, self.values)
+
+
+class Curve(Strict):
+    """Calibration curve of a slide: from what the net says of a frame to its defocus.
+
+    Between the knots a line, beyond them as far beside as at the last one.
+
+    Attributes
+    ----------
+    said_um, defocus_um : list of float
+        Knots: what the net says, rising strictly; and what that is, not falling.
+    fitted : dict
+        By which stacks it was found, and what it is worth.
+    """
+
+    said_um: Annotated[Floats, Field(min_length=2)]
+    defocus_um: Annotated[Floats, Field(min_length=2)]
+    fitted: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if len(self.said_um) != len(self.defocus_um):
+            raise ValueError(
+                f"defocus_um: {len(self.defocus_um)} numbers are not allowed: must be as many "
+                f"as of said_um, {len(self.said_um)}"
+            )
+        if any(a >= b for a, b in pairwise(self.said_um)):
+            raise ValueError("said_um: must rise strictly")
+        if any(a > b for a, b in pairwise(self.defocus_um)):
+            raise ValueError("defocus_um: must not fall")
+        return self
+
+    def of(self, said_um: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Defocus in µm, of what the net says."""
+        said, knots = np.asarray(said_um, float), np.asarray(self.said_um)
+        aside: npt.NDArray[np.float64] = np.interp(said, knots, self.defocus_um - knots)
+        return said + aside
 
 
 class ErrorModel(Strict):

@@ -169,6 +169,9 @@ class _PatchModel(ABC):
             values, sd = self._patches(normalise(self.card, x, frames.max_value))
             values, sd, cells = self._finite(values, sd, cells, reasons)
         defocus = consensus.agreed(values, sd) if len(values) else None
+        if self.card.curve is not None and defocus is not None:
+            defocus = float(self.card.curve.of(defocus))
+            values = self.card.curve.of(values).astype(np.float32)
         apart = consensus.spread(values)
         error = None
         if defocus is not None:

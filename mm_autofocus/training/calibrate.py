@@ -279,10 +279,9 @@ def _read(stack: Stack, measure: FocusMeasure, each: int) -> _Seen:
     green = foci.get(_BANDS[0])
     apart = {b: f - green for b, f in foci.items() if f is not None and green is not None}
     apart.pop(_BANDS[0], None)
-    assert stack.focus_z_um is not None
     z = np.asarray(stack.z_um)[order]
     scores = np.stack(tiles)[order]
-    patches = patch_errors(z, scores, stack.focus_z_um) if scores.shape[1] == 64 else {}
+    patches = patch_errors(z, scores) if scores.shape[1] == 64 else {}
     windows = [np.stack([part[k] for k in order]) for part in kept]
     return _Seen(stack.defocus_um[order], windows, apart, patches)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Floats: TypeAlias = npt.NDArray[np.float64]
 
-__all__ = ["Seen", "fit_errors", "fit_ood", "look_at", "seen_of"]
+__all__ = ["Seen", "fit_errors", "fit_ood", "look_at", "seen_of", "together"]
 
 _WITHIN = 0.6827  # of errors lie within one standard deviation
 _LEAST = 12  # frames, to say anything of their errors
@@ -53,6 +53,11 @@ class Seen:
     spread_um: Floats
     importance: npt.NDArray[np.float32]
     frames: int
+
+    @property
+    def mae_um(self) -> float:
+        """Mean absolute error."""
+        return float(np.abs(self.predicted_um - self.label_um).mean())
 
     def figures(self, threshold: float = 0.8) -> dict[str, Any]:
         """Figures for the card."""
@@ -124,6 +129,14 @@ def seen_of(
         importance = np.zeros((2, 0), np.float32)
     columns = np.array(rows, float).reshape(-1, 4).T
     return Seen(columns[0], columns[1], columns[2], columns[3], importance, len(said))
+
+
+def together(parts: Sequence[Seen]) -> Seen:
+    """All that was said, one after the other, without the importance."""
+    names = ("label_um", "predicted_um", "raw_um", "spread_um")
+    columns = {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
+    importance = np.zeros((2, 0), np.float32)
+    return Seen(**columns, importance=importance, frames=sum(p.frames for p in parts))
 
 
 def fit_errors(seen: Seen) -> ErrorModel:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from mm_autofocus.training.label import focus_of
+from mm_autofocus.training.label import middle_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -244,7 +244,7 @@ def offset_of(channel: str, reference: str, apart_um: Sequence[float]) -> Offset
 
 
 def patch_errors(
-    z_um: Floats, tiles: Floats, focus_um: float, counts: Sequence[int] = (8, 4, 2, 1)
+    z_um: Floats, tiles: Floats, counts: Sequence[int] = (8, 4, 2, 1)
 ) -> dict[int, float]:
     """How far the focus of single patches lies from that of the frame, by their number.
 
@@ -254,8 +254,6 @@ def patch_errors(
         ``(Z,)``, ascending.
     tiles : numpy.ndarray
         ``(Z, 64)``: scores of 8 × 8 parts.
-    focus_um : float
-        Of the whole frame.
     counts : sequence of int
         Patches along an edge.
 
@@ -266,13 +264,15 @@ def patch_errors(
         hold as much detail as the frame does on average, or more.
     """
     found = {}
+    # the middle of the curve: of a patch, the peak is not known as well
+    middle, _ = middle_of(z_um, tiles.mean(1))
     cube = tiles.reshape(len(z_um), 8, 8)
     for n in counts:
         m = 8 // n
         score = cube.reshape(len(z_um), n, m, n, m).mean((2, 4)).reshape(len(z_um), -1)
         height = score.max(0) - score.min(0)
         off = [
-            abs(focus_of(z_um, score[:, k])[0] - focus_um)
+            abs(middle_of(z_um, score[:, k])[0] - middle)
             for k in np.flatnonzero(height >= height.mean() * (1 - 1e-9))
         ]
         if off:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import cv2
 import numpy as np
+from scipy.interpolate import CubicSpline
 from scipy.signal import find_peaks
 
 from mm_autofocus.errors import InputError
@@ -32,8 +33,9 @@ __all__ = [
     "Label",
     "Sparsity",
     "StackMeter",
-    "focus_of",
     "local_variance",
+    "middle_of",
+    "peak_of",
     "sparsity_of",
 ]
 
@@ -56,7 +58,10 @@ _SECOND = 0.5  # a second peak so high, in parts of the first ...
 _DIP = 0.25  # ... behind a valley so deep leaves two answers
 _PARTS = 3.0  # of the frame that must make the curve, to tell its error by leaving one out
 _MODEL = 0.05  # flanks that are not alike, in widths of the peak at half height
-_SAMPLING = 0.1  # and in distances of the planes
+_SAMPLING = 0.3  # distance of the planes over the width of the peak, in such distances
+_CLEAR = 2.0  # standard deviations by which the peak lies clearly beside the middle
+_LIFT = 0.1  # of the height, so that the flanks hold no logarithm of nothing
+_FINE = 401  # points between three planes
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +249,7 @@ def _label(
     reason = _why_not(z, s, k, significance)
     if reason:
         return Label("refused", reason, **known)
-    focus, width = focus_of(z, s)
-    error = _error(z, s, np.stack([tiles[i] for i in order]), focus, width)
+    focus, width, error = _focus(z, s, np.stack([tiles[i] for i in order]))
     known |= {
         "width_um": width,
         "expected_error_um": error,
@@ -295,13 +299,65 @@ def _second(s: Floats, k: int, height: float) -> bool:
     return any(s[p] - s.min() >= _SECOND * height for p in others)
 
 
-def focus_of(z: Floats, s: Floats) -> tuple[float, float]:
-    """Peak of a focus curve that rises and falls, and its width at half height, both in µm.
+def _focus(z: Floats, s: Floats, tiles: Floats) -> tuple[float, float, float]:
+    """Focus, width at half height, and standard deviation expected of the focus, all in µm.
+
+    The focus is the peak, where one can be told. A lens with spherical aberration makes one
+    flank steep and the other gentle, and the middle of the curve then lies some tenths of a µm
+    beside its peak. But in a thick section the top is a plateau with a shape of its own in each
+    part of the frame, and its highest point jumps about; the middle is known much better
+    (`benchmarks/learned.py --part labels`). So the middle is left only so far as all quarters
+    of the frame agree that the peak lies beside it, by the shrinkage of James and Stein (*Proc.
+    4th Berkeley Symp.* 1 (1961) 361) with two standard deviations instead of one.
+
+    The error is by leaving out a part of the frame at a time (jackknife): it holds the noise as
+    well as that specimen at several depths is in focus at several places. Where one object
+    alone makes the curve, leaving it out tells nothing, and the scatter of the scores must do.
+
+    Parameters
+    ----------
+    z, s : numpy.ndarray
+        ``(Z,)`` of the planes, ascending, and their scores.
+    tiles : numpy.ndarray
+        ``(Z, tiles)``.
+    """
+    k, last = int(s.argmax()), len(z) - 1
+    middle, width = middle_of(z, s)
+    aside = peak_of(z, s) - middle
+    scatter = _scatter(z, s, k)
+    below, above = max(k - 1, 0), min(k + 1, last)
+    step, bend = (z[above] - z[below]) / (above - below), 2 * s[k] - s[below] - s[above]
+    noise = math.sqrt(0.5) * scatter * step / bend if bend > 0 else width
+    quarters = _sums(tiles, 2)
+    height = quarters.max(0) - quarters.min(0)
+    if height.sum() > 0:
+        asides = np.array([peak_of(z, q) - middle_of(z, q)[0] for q in quarters.T])
+        mean = np.average(asides, weights=height)
+        noise = math.hypot(noise, np.average((asides - mean) ** 2, weights=height) ** 0.5)
+    part = max(0.0, 1 - (_CLEAR * noise / aside) ** 2) if aside else 0.0
+
+    def focus(of: Floats) -> float:
+        known = middle_of(z, of)[0]
+        return known + part * (peak_of(z, of) - known)
+
+    i, j = _above(s, k, (s.max() + s.min()) / 2)
+    top = s[i : j + 1] - (s.max() + s.min()) / 2
+    lever = math.sqrt(float(np.square(z[i : j + 1] - middle).sum()))
+    own = math.hypot((1 - part) * scatter * lever / float(top.sum()), part * noise)
+    parts = _parts(tiles)
+    rise = np.maximum(parts[k] - parts.min(0), 0)
+    if rise.sum() ** 2 > _PARTS * np.square(rise).sum():
+        each = np.array([focus(rest) for rest in (parts.sum(1)[:, None] - parts).T])
+        own = max(own, math.sqrt((len(each) - 1) * float(each.var())))
+    flanks, sampling = (1 - part) * _MODEL * width, _SAMPLING * step**2 / max(width, step)
+    return middle + part * aside, width, math.hypot(min(own, width), flanks, sampling)
+
+
+def middle_of(z: Floats, s: Floats) -> tuple[float, float]:
+    """Middle of a focus curve that rises and falls, and its width at half height, both in µm.
 
     The centroid of what rises above half the height: the flanks decide, where the curve tells
-    most. In thin specimen it is the peak as well as any fit of the top finds it. In a thick
-    section the top is a plateau with a shape of its own in each part of the frame, and what is
-    fitted to it jumps about (`benchmarks/learned.py --part labels`).
+    most.
 
     Parameters
     ----------
@@ -327,45 +383,39 @@ def focus_of(z: Floats, s: Floats) -> tuple[float, float]:
     return float(moment.sum() / area.sum()), width
 
 
-def _error(z: Floats, s: Floats, tiles: Floats, focus: float, width: float) -> float:
-    """Standard deviation expected of the focus, in µm.
+def peak_of(z: Floats, s: Floats) -> float:
+    """Highest point of a focus curve, in µm, beside its sharpest plane.
 
-    By leaving out a part of the frame at a time (jackknife): it holds the noise as well as
-    that specimen at several depths is in focus at several places. Where one object alone makes
-    the curve, leaving it out tells nothing, and the scatter of the scores must do.
+    By a cubic spline through the logarithm of the scores, whose peak is more like a parabola.
 
     Parameters
     ----------
     z, s : numpy.ndarray
-        ``(Z,)`` of the planes.
-    tiles : numpy.ndarray
-        ``(Z, tiles)``.
-    focus, width : float
-        As of `focus_of`.
+        As of `middle_of`.
     """
-    k, half = int(s.argmax()), (s.max() + s.min()) / 2
-    step = float(np.median(np.diff(z)))
-    i, j = _above(s, k, half)
-    top = s[i : j + 1] - half
-    lever = math.sqrt(float(np.square(z[i : j + 1] - focus).sum()))
-    own = _scatter(z, s, k) * lever / float(top.sum())
-    parts = _parts(tiles)
-    rise = np.maximum(parts[k] - parts.min(0), 0)
-    if rise.sum() ** 2 > _PARTS * np.square(rise).sum():
-        rest = parts.sum(1)[:, None] - parts
-        each = np.array([focus_of(z, r)[0] for r in rest.T])
-        own = max(own, math.sqrt((len(each) - 1) * float(each.var())))
-    return math.hypot(min(own, width), _MODEL * width, _SAMPLING * step)
+    k = int(s.argmax())
+    height = s[k] - s.min()
+    if not 0 < k < len(z) - 1 or height <= 0:
+        return float(z[k])
+    curve = CubicSpline(z, np.log((s - s.min()) / height + _LIFT))
+    fine = np.linspace(z[k - 1], z[k + 1], _FINE)
+    return float(fine[curve(fine).argmax()])
 
 
 def _parts(tiles: Floats) -> Floats:
     """Sums of 2 × 2 tiles, ``(Z, parts)``: neighbours show the same specimen."""
     n = math.isqrt(tiles.shape[1])
+    return _sums(tiles, (n + 1) // 2)
+
+
+def _sums(tiles: Floats, count: int) -> Floats:
+    """Sums of tiles in `count` × `count` blocks, ``(Z, count²)``; the last may be smaller."""
+    n = math.isqrt(tiles.shape[1])
+    m = -(-n // count)
     grid = tiles.reshape(len(tiles), n, n)
-    grid = np.pad(grid, ((0, 0), (0, n % 2), (0, n % 2)))
-    m = grid.shape[1] // 2
-    sums: Floats = grid.reshape(len(tiles), m, 2, m, 2).sum((2, 4)).reshape(len(tiles), -1)
-    return sums
+    grid = np.pad(grid, ((0, 0), (0, m * count - n), (0, m * count - n)))
+    sums: Floats = grid.reshape(len(tiles), count, m, count, m).sum((2, 4))
+    return sums.reshape(len(tiles), -1)
 
 
 def _above(s: Floats, k: int, level: float) -> tuple[int, int]:

@@ -11,8 +11,8 @@ What is stated of the copy is found on fields that the fit did not see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,14 +21,20 @@ from scipy.optimize import minimize
 from scipy.stats import qmc
 
 from mm_autofocus.errors import InputError
-from mm_autofocus.models.card import KEY, UNSEALED, ErrorModel, ModelCard
-from mm_autofocus.models.importing import load_model
 from mm_autofocus.models.lens import code_of, values_of
 from mm_autofocus.models.runtime import OnnxModel
-from mm_autofocus.models.sealing import seal
-from mm_autofocus.training.error_fit import Seen, fit_errors, seen_of
-from mm_autofocus.training.fields import evenly
-from mm_autofocus.training.judges import ModelJudge, check_stack, looks_at, top_of
+from mm_autofocus.training.error_fit import fit_errors, together
+from mm_autofocus.training.fitted_copy import (
+    FOLDS,
+    Worth,
+    check_stacks,
+    chosen,
+    folds_of,
+    judged,
+    onnx_model,
+    write_copy,
+)
+from mm_autofocus.training.judges import top_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -38,18 +44,20 @@ if TYPE_CHECKING:
     Real: TypeAlias = npt.NDArray[np.float32]
     Floats: TypeAlias = npt.NDArray[np.float64]
 
-__all__ = ["LensFit", "check_stacks", "fit_lens", "lens_model", "write_lens"]
+__all__ = ["OPTION", "LensFit", "fit_lens", "lens_model", "write_lens"]
 
-_FRAMES, _EACH = 240, 8  # that are looked at, of all stacks; and patches of each, at most
+_EACH = 8  # patches of each frame, at most
 _TRIES = 64  # lenses, evenly over all ranges, of which the best is refined
 _BEYOND = 1.25  # a lens may lie beyond what the net was taught, by so much of half a range
 _LEAST_SD_UM = 0.05  # no patch is believed to be surer: one that is wrong would outvote all
 _SPREAD = 3**-0.5  # of lenses over the ranges; a number that hardly matters stays in the middle
-_FOLDS = 2
+
+OPTION = "--fit-lens"
+"""What it is asked for by."""
 
 
 @dataclass(frozen=True, slots=True)
-class LensFit:
+class LensFit(Worth):
     """A lens, and what a model is worth that is told of it.
 
     Attributes
@@ -58,37 +66,15 @@ class LensFit:
         ``(numbers,)`` float32, as the net is shown it.
     values : dict
         The same by name.
-    mae_before_um, mae_um : float
-        Mean absolute error of frames of fields that the fit had not seen, without and with
-        a lens.
-    frames, fields : int
-        On how many of them.
-    error : ErrorModel
-        What the model is to expect of itself.
     """
 
     code: Real
     values: dict[str, float]
-    mae_before_um: float
-    mae_um: float
-    frames: int
-    fields: int
-    error: ErrorModel
-
-    @property
-    def helps(self) -> bool:
-        """Whether it is better to be told."""
-        return self.mae_um < self.mae_before_um
 
     def to_json(self) -> dict[str, Any]:
         """The part ``lens`` of what ``mm-autofocus calibrate --json`` prints."""
-        return {
-            "values": {k: round(v, 4) for k, v in self.values.items()},
-            "mae_before_um": round(self.mae_before_um, 4),
-            "mae_um": round(self.mae_um, 4),
-            "frames": self.frames,
-            "fields": self.fields,
-        }
+        values = {k: round(v, 4) for k, v in self.values.items()}
+        return {"values": values, **super(LensFit, self).to_json()}
 
 
 def lens_model(name_or_path: str | Path) -> OnnxModel:
@@ -99,38 +85,14 @@ def lens_model(name_or_path: str | Path) -> OnnxModel:
     InputError
         It is no such model, or onnx is not installed.
     """
-    try:
-        import onnx  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "--fit-lens: needs onnx, which is not installed: pip install mm-autofocus[train]"
-        ) from None
-    model = load_model(name_or_path)
+    model = onnx_model(name_or_path, OPTION)
     card = model.card
-    if not isinstance(model, OnnxModel) or None in (card.lens, card.outputs.sd):
+    if None in (card.lens, card.outputs.sd):
         raise InputError(
             f"--fit-lens: the model {str(name_or_path)!r} cannot be told of the lens; allowed: "
             "one whose card has lens, as that of sparsefocus-slide20x"
         )
     return model
-
-
-def check_stacks(model: OnnxModel, stacks: Sequence[Planes]) -> None:
-    """Check that a lens can be found by these stacks.
-
-    Raises
-    ------
-    InputError
-        Too few fields, or frames that the model cannot be shown.
-    """
-    fields = len({s.group for s in stacks})
-    if fields < _FOLDS:
-        raise InputError(
-            f"--fit-lens: needs labelled stacks of at least {_FOLDS} fields, for what is found "
-            f"by one is checked on another; there are {fields}"
-        )
-    for stack in stacks:
-        check_stack(model, stack)
 
 
 def fit_lens(
@@ -160,39 +122,35 @@ def fit_lens(
         As `check_stacks`, or there is too little in the fields.
     """
     say = progress or (lambda _: None)
-    check_stacks(model, stacks)
-    groups = sorted({s.group for s in stacks})
-    order = np.random.default_rng([seed, 7]).permutation(len(groups))
-    fold = {groups[g]: k % _FOLDS for k, g in enumerate(order)}
+    check_stacks(model, stacks, OPTION)
+    folds = folds_of(stacks, seed)
     answer = _Answer(model)
     say("looking at patches of the stacks")
-    evidence = _evidence(model, answer, stacks, [fold[s.group] for s in stacks])
+    evidence = _evidence(model, answer, stacks, folds)
     before = model.net.lens
     try:
         model.net.lens = code_of(_ranges(model), None)
-        without = _judged(model, stacks)
+        without = judged(model, stacks)
         parts = []
-        for k in range(_FOLDS):
-            say(f"fitting the lens, check {k + 1} of {_FOLDS}")
+        for k in range(FOLDS):
+            say(f"fitting the lens, check {k + 1} of {FOLDS}")
             model.net.lens = likeliest(model, answer, evidence.less(k), seed)
-            parts.append(_judged(model, [s for s in stacks if fold[s.group] == k]))
+            parts.append(
+                judged(model, [s for s, f in zip(stacks, folds, strict=True) if f == k])
+            )
     finally:
         model.net.lens = before
     say("fitting the lens by all fields")
     code = likeliest(model, answer, evidence, seed)
-    columns = {
-        name: np.concatenate([getattr(p, name) for p in parts])
-        for name in ("label_um", "predicted_um", "raw_um", "spread_um")
-    }
-    seen = replace(parts[0], **columns, frames=sum(p.frames for p in parts))
+    seen = together(parts)
     return LensFit(
-        code,
-        values_of(_ranges(model), code),
-        _mae(without),
-        _mae(seen),
-        seen.frames,
-        len(groups),
-        fit_errors(seen),
+        mae_before_um=without.mae_um,
+        mae_um=seen.mae_um,
+        frames=seen.frames,
+        fields=len({s.group for s in stacks}),
+        error=fit_errors(seen),
+        code=code,
+        values=values_of(_ranges(model), code),
     )
 
 
@@ -340,43 +298,22 @@ def write_lens(model: OnnxModel, output: Path, fit: LensFit, *, data: str) -> No
         What it is to hold.
     data : str
         Name of the stacks, for the card.
-
-    Raises
-    ------
-    InputError
-        The card of the model lies beside it.
     """
-    import onnx
     from onnx import numpy_helper
 
     card = model.card
-    assert card.lens is not None
-    assert model.net.path is not None
-    graph = onnx.load(model.net.path)
-    for usual in graph.graph.initializer:
-        if usual.name == card.lens.input:
-            usual.CopyFrom(numpy_helper.from_array(fit.code[None], usual.name))
-    for entry in graph.metadata_props:
-        if entry.key == KEY:
-            entry.value = _card_with(card, fit, output.stem, data).to_json()
-    temporary = output.with_name(output.name + ".new")
-    try:
-        temporary.write_bytes(graph.SerializeToString())
-        seal(temporary)
-        OnnxModel(temporary)  # as it will be loaded, checksum and all
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _card_with(card: ModelCard, fit: LensFit, name: str, data: str) -> ModelCard:
-    assert card.lens is not None
+    lens = card.lens
+    assert lens is not None
     facts = {k: v for k, v in fit.to_json().items() if k != "values"}
     told = {"values": fit.values, "fitted": {"model": card.name, "data": data, **facts}}
-    lens = card.lens.model_copy(update=told)
-    return card.model_copy(
-        update={"name": name, "lens": lens, "error": fit.error, "sha256": UNSEALED}
-    )
+    update = {"lens": lens.model_copy(update=told), "error": fit.error}
+
+    def tell(graph: Any) -> None:
+        for usual in graph.initializer:
+            if usual.name == lens.input:
+                usual.CopyFrom(numpy_helper.from_array(fit.code[None], usual.name))
+
+    write_copy(model, output, card.model_copy(update=update), tell)
 
 
 def _ranges(model: OnnxModel) -> dict[str, tuple[float, float]]:
@@ -384,25 +321,11 @@ def _ranges(model: OnnxModel) -> dict[str, tuple[float, float]]:
     return model.card.lens.ranges
 
 
-def _chosen(
-    model: OnnxModel, stacks: Sequence[Planes]
-) -> Iterator[tuple[int, tuple[int, ...], float]]:
-    """Frames ``(number of the stack, planes of its looks, defocus)``, evenly over defocus."""
-    low, high = model.card.z_range_um
-    per = max(1, _FRAMES // len(stacks))
-    for i, stack in enumerate(stacks):
-        sets = looks_at(stack.z_um, model.card.looks_um)
-        true = {k: float(stack.defocus_um[k]) for k in sets}
-        inside = sorted((d, k) for k, d in true.items() if low <= d <= high)
-        for j in evenly(len(inside), per, i):
-            yield i, sets[inside[j][1]], inside[j][0]
-
-
 def _evidence(
     model: OnnxModel, answer: _Answer, stacks: Sequence[Planes], folds: Sequence[int]
 ) -> _Evidence:
     found, label, fold = [], [], []
-    for i, planes, defocus in _chosen(model, stacks):
+    for i, planes, defocus in chosen(model, stacks):
         looks = [stacks[i].plane(p) for p in planes]
         some = model.content_patches(looks, _EACH, max_value=top_of(stacks[i]))
         found.append(answer.see(some))
@@ -410,18 +333,3 @@ def _evidence(
         fold += [folds[i]] * len(some)
     seen = [np.concatenate(parts) for parts in zip(*found, strict=True)]
     return _Evidence(seen, np.array(label), np.array(fold, np.intp))
-
-
-def _judged(model: OnnxModel, stacks: Sequence[Planes]) -> Seen:
-    """What the model says of whole frames."""
-    judge = ModelJudge(model)
-    return seen_of(
-        [
-            (defocus, judge([stacks[i].plane(p) for p in planes], stacks[i]))
-            for i, planes, defocus in _chosen(model, stacks)
-        ]
-    )
-
-
-def _mae(seen: Seen) -> float:
-    return float(np.abs(seen.predicted_um - seen.label_um).mean())

@@ -43,6 +43,7 @@ from mm_autofocus.errors import InputError
 from mm_autofocus.models.lens import code_of
 from mm_autofocus.models.nets.physics import CrossSpectra, window_of
 from mm_autofocus.optics import REFERENCE_UM, condenser
+from mm_autofocus.training.label import peak_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -551,7 +552,7 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
     def _focus(self, lens: Lens, specimen: Lens, textures: Tensor) -> Tensor:
         """Where Brenner's measure puts the focus of each lens, ``(B,)`` in µm.
 
-        The middle of what is above half the height of the curve, as in `label`.
+        The peak of the curve, as in `label`.
         """
         dof = REFERENCE_UM / self._na**2
         z = torch.arange(-7, 7.01, 0.5) * dof
@@ -566,17 +567,9 @@ class SpectraByTheory(Dataset[tuple[Tensor, Tensor]]):
         angle = (np.arange(32) + 0.5) / 32 * np.pi
         step = 2 * np.pi * self._edges[:, None] * self._pixel * np.cos(angle)
         sees = np.square(np.sin(step)).mean(1) * self._edges
-        curve = (power * _tensor(sees)).sum(1).reshape(count, 1, n)
-        fine = torch.nn.functional.interpolate(
-            curve, size=10 * n, mode="linear", align_corners=True
-        )[:, 0]
-        at = torch.linspace(float(z[0]), float(z[-1]), 10 * n)
-        half = (curve.amin(2) + curve.amax(2)) / 2
-        above = (fine - half).clamp(min=0)
-        peak = at[fine.argmax(1)]
-        above = above * ((at[None, :] - peak[:, None]).abs() < 2.5 * dof)
-        middle: Tensor = (above * at).sum(1) / above.sum(1)
-        return middle
+        curve = (power * _tensor(sees)).sum(1).reshape(count, n)
+        at, scores = z.double().numpy(), curve.double().numpy()
+        return torch.tensor([peak_of(at, one) for one in scores], dtype=torch.float32)
 
     # -------------------------------------------------------------------------- the patch
 
