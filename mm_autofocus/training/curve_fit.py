@@ -4,8 +4,9 @@ A model that was taught on other slides errs on this one by what is peculiar to 
 stain shows in each colour, how thick it is, where in it the focus measure finds the peak. That
 shifts focus by some tenths of a µm, near it most, and hardly differs from field to field. Every
 instrument has a calibration curve for that. This one is a Gaussian process (Rasmussen &
-Williams, *Gaussian Processes for Machine Learning*, 2006, ch. 2) whose noise is what the model
-expects to be off by, with Student's heavy tails: a frame that went wrong does not bend it.
+Williams, *Gaussian Processes for Machine Learning*, 2006, ch. 2) that all fields have in
+common, and beside it one of each field. Its noise is what the model expects to be off by, with
+Student's heavy tails: a frame that went wrong does not bend it.
 
 What is stated of it is found on fields that the fit did not see.
 """
@@ -46,7 +47,9 @@ OPTION = "--fit-curve"
 """What it is asked for by."""
 
 _NEAR_UM = 1.0  # within, the curve bends over so much; further off, over as much of the way
-_ASIDE_UM, _ASIDE = 0.5, 0.05  # how far aside it is expected to lie: at 0, and of the way
+# how far aside it is expected to lie, in µm at 0 and in parts of the way; and from field to
+# field, which counts most far off, where one specimen tells less than another
+_SLIDE, _FIELD = (0.5, 0.01), (0.15, 0.03)
 _LEAST_SD_UM = 0.1  # labels are no better, and no frame outvotes all others
 _TAIL, _ROUNDS = 3.0, 10  # degrees of freedom; until the weights stand still
 _KNOTS = 61
@@ -104,27 +107,31 @@ def fit_curve(
     check_stacks(model, stacks, OPTION)
     folds = folds_of(stacks, seed)
     say("looking at the stacks")
-    parts = [
-        judged(model, [s for s, f in zip(stacks, folds, strict=True) if f == k])
-        for k in range(FOLDS)
-    ]
+    fields: dict[str, list[Planes]] = {}
+    for stack in stacks:
+        fields.setdefault(stack.group, []).append(stack)
+    fold_of = {s.group: f for s, f in zip(stacks, folds, strict=True)}
+    seen = {group: judged(model, some) for group, some in fields.items()}
     say("fitting the calibration curve")
     checked = []
-    for k, part in enumerate(parts):
-        by = _curve(model.card, together([p for j, p in enumerate(parts) if j != k]))
-        checked.append(replace(part, predicted_um=by.of(part.predicted_um)))
-    every, found = together(parts), together(checked)
+    for k in range(FOLDS):
+        by = _curve(model.card, [seen[g] for g in seen if fold_of[g] != k])
+        held_out = [seen[g] for g in seen if fold_of[g] == k]
+        checked += [replace(s, predicted_um=by.of(s.predicted_um)) for s in held_out]
+    every, found = together([*seen.values()]), together(checked)
     return CurveFit(
         mae_before_um=every.mae_um,
         mae_um=found.mae_um,
         frames=found.frames,
-        fields=len({s.group for s in stacks}),
+        fields=len(seen),
         error=fit_errors(found),
-        curve=_curve(model.card, every),
+        curve=_curve(model.card, [*seen.values()]),
     )
 
 
-def _curve(card: ModelCard, seen: Seen) -> Curve:
+def _curve(card: ModelCard, fields: Sequence[Seen]) -> Curve:
+    """Through what was seen, field by field."""
+    seen = together(fields)
     if len(seen.label_um) < _LEAST:
         raise InputError(
             f"{OPTION}: the model answers {len(seen.label_um)} of {seen.frames} frames of the "
@@ -134,20 +141,26 @@ def _curve(card: ModelCard, seen: Seen) -> Curve:
     aside = np.abs(seen.label_um - seen.predicted_um)
     typical = 1.4826 * float(np.median(aside))  # where the model does not know
     sd = np.array([typical if e is None or not np.isfinite(e) else e for e in expected])
-    return curve_through(seen.predicted_um, seen.label_um, sd)
+    field = np.repeat(np.arange(len(fields)), [len(s.label_um) for s in fields])
+    return curve_through(seen.predicted_um, seen.label_um, sd, field)
 
 
-def curve_through(said_um: Floats, defocus_um: Floats, sd_um: Floats) -> Curve:
+def curve_through(
+    said_um: Floats, defocus_um: Floats, sd_um: Floats, field: npt.NDArray[np.intp]
+) -> Curve:
     """Calibration curve through frames of known defocus.
 
     Parameters
     ----------
     said_um, defocus_um, sd_um : numpy.ndarray
         ``(N,)``: what the model said, what it was, and by how much the model expected to err.
+    field : numpy.ndarray
+        ``(N,)``, of which field each is.
     """
     at, aside = np.arcsinh(said_um / _NEAR_UM), defocus_um - said_um
     noise = np.square(np.maximum(sd_um, _LEAST_SD_UM))
-    within = _alike(at, at)
+    one = field[:, None] == field[None]
+    within = _alike(at, at, _SLIDE) + one * _alike(at, at, _FIELD)
     weight = np.ones_like(at)
     lever = np.zeros_like(at)
     for _ in range(_ROUNDS):
@@ -157,17 +170,17 @@ def curve_through(said_um: Floats, defocus_um: Floats, sd_um: Floats) -> Curve:
     # the same knots on both sides, and one at 0
     knots = np.sinh(np.linspace(-1, 1, _KNOTS) * np.abs(at).max()) * _NEAR_UM
     knots = np.unique(np.clip(knots, *ends))
-    is_um = knots + _alike(np.arcsinh(knots / _NEAR_UM), at) @ lever
+    is_um = knots + _alike(np.arcsinh(knots / _NEAR_UM), at, _SLIDE) @ lever
     # of two frames, the one said to be higher is not the lower one
     rising = np.maximum.accumulate(is_um)
     return Curve(said_um=tuple(knots.tolist()), defocus_um=tuple(rising.tolist()))
 
 
-def _alike(one: Floats, other: Floats) -> Floats:
-    """Covariance ``(N, M)`` of how far aside the curve lies at two places, in µm²."""
-    high, wide = (_ASIDE_UM + _ASIDE * _NEAR_UM * np.abs(np.sinh(x)) for x in (one, other))
+def _alike(one: Floats, other: Floats, high: tuple[float, float]) -> Floats:
+    """Covariance ``(N, M)`` of how far aside a curve lies at two places, in µm²."""
+    a, b = (high[0] + high[1] * _NEAR_UM * np.abs(np.sinh(x)) for x in (one, other))
     bell: Floats = np.exp(-0.5 * np.square(one[:, None] - other[None]))
-    return high[:, None] * wide[None] * bell
+    return a[:, None] * b[None] * bell
 
 
 def write_curve(model: OnnxModel, output: Path, fit: CurveFit, *, data: str) -> None:
