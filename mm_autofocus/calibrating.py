@@ -214,10 +214,11 @@ def calibrate_microscope(
     fit, fitted_file, tried = None, None, None
     if fitting is not None and data is not None:
         fit = fitting.fit(data, seed, say)
+        worth = f"off by {fit.mae_before_um:.2f} µm on these stacks"
         if fit.helps:
             fitted_file, model = fitting.output, str(fitting.output)
             worth = f"off by {fit.mae_um:.2f} µm on fields that {fitting.its} was not found by"
-            tried = (fitting.model.card, worth)
+        tried = (fitting.model.card, worth)
     recommended = recommend(images, stage, given=sets, model=model, tried=tried)
     if output is not None:
         write_text(output, recommended.text())

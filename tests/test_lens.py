@@ -325,8 +325,12 @@ def test_a_curve_that_does_not_help_is_not_written(
     copy = tmp_path / "slide.onnx"
     words = ["calibrate", str(dataset.path), "--model", MODEL, "--fit-curve", str(copy)]
     assert code_of_command(*words) == 0
-    assert "no better: not written" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no better: not written" in said
     assert not copy.exists()
+    # the model was tried on these stacks all the same
+    assert f"model: {MODEL}" in said
+    assert "strategy: one-shot" in said
 
 
 @pytest.mark.parametrize(
