@@ -63,6 +63,11 @@ def test_a_model_that_is_right_stays_right_and_a_wrong_side_does_not_bend_it() -
     assert np.abs(off).max() < 1.5
 
 
+def test_a_model_that_always_says_the_same_has_no_curve() -> None:
+    with pytest.raises(InputError, match=r"--fit-curve: the model says 0.3 µm of every frame"):
+        curve_through(np.full(51, 0.3), np.linspace(-20, 20, 51), np.ones(51), FIELDS)
+
+
 def test_between_knots_is_a_line_and_beyond_them_the_last_shift() -> None:
     curve = Curve(said_um=(-1.0, 1.0), defocus_um=(-1.5, 0.5))
     np.testing.assert_allclose(curve.of([-3, -1, 0, 1, 9]), [-3.5, -1.5, -0.5, 0.5, 8.5])

@@ -111,7 +111,7 @@ def fit_curve(
     for stack in stacks:
         fields.setdefault(stack.group, []).append(stack)
     fold_of = {s.group: f for s, f in zip(stacks, folds, strict=True)}
-    seen = {group: judged(model, some) for group, some in fields.items()}
+    seen = {group: judged(model, some, len(stacks)) for group, some in fields.items()}
     say("fitting the calibration curve")
     checked = []
     for k in range(FOLDS):
@@ -156,6 +156,11 @@ def curve_through(
         ``(N,)``: what the model said, what it was, and by how much the model expected to err.
     field : numpy.ndarray
         ``(N,)``, of which field each is.
+
+    Raises
+    ------
+    InputError
+        The model says the same of all.
     """
     at, aside = np.arcsinh(said_um / _NEAR_UM), defocus_um - said_um
     noise = np.square(np.maximum(sd_um, _LEAST_SD_UM))
@@ -170,6 +175,8 @@ def curve_through(
     # the same knots on both sides, and one at 0
     knots = np.sinh(np.linspace(-1, 1, _KNOTS) * np.abs(at).max()) * _NEAR_UM
     knots = np.unique(np.clip(knots, *ends))
+    if len(knots) < 2:
+        raise InputError(f"{OPTION}: the model says {knots[0]:.3g} µm of every frame")
     is_um = knots + _alike(np.arcsinh(knots / _NEAR_UM), at, _SLIDE) @ lever
     # of two frames, the one said to be higher is not the lower one
     rising = np.maximum.accumulate(is_um)

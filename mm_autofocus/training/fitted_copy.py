@@ -39,7 +39,7 @@ __all__ = [
 FOLDS = 2
 """Fields that a fit needs: what is found by one is checked on another."""
 
-_FRAMES = 240  # that are looked at, of all stacks
+_FRAMES = 240  # of all stacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +125,14 @@ def folds_of(stacks: Sequence[Planes], seed: int) -> list[int]:
 
 
 def chosen(
-    model: OnnxModel, stacks: Sequence[Planes]
+    model: OnnxModel, stacks: Sequence[Planes], of: int | None = None
 ) -> Iterator[tuple[int, tuple[int, ...], float]]:
-    """Frames ``(number of the stack, planes of its looks, defocus)``, evenly over defocus."""
+    """Frames ``(number of the stack, planes of its looks, defocus)``, evenly over defocus.
+
+    So many that of `of` stacks, or of these, there are some 240.
+    """
     low, high = model.card.z_range_um
-    per = max(1, _FRAMES // len(stacks))
+    per = max(1, _FRAMES // (of or len(stacks)))
     for i, stack in enumerate(stacks):
         sets = looks_at(stack.z_um, model.card.looks_um)
         true = {k: float(stack.defocus_um[k]) for k in sets}
@@ -138,13 +141,13 @@ def chosen(
             yield i, sets[inside[j][1]], inside[j][0]
 
 
-def judged(model: OnnxModel, stacks: Sequence[Planes]) -> Seen:
-    """What the model says of whole frames."""
+def judged(model: OnnxModel, stacks: Sequence[Planes], of: int | None = None) -> Seen:
+    """What the model says of whole frames, those that are `chosen`."""
     judge = ModelJudge(model)
     return seen_of(
         [
             (defocus, judge([stacks[i].plane(p) for p in planes], stacks[i]))
-            for i, planes, defocus in chosen(model, stacks)
+            for i, planes, defocus in chosen(model, stacks, of)
         ]
     )
 
