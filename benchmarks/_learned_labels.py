@@ -14,15 +14,17 @@ import numpy as np
 import tifffile
 from mm_autofocus.training.evaluation_table import number
 from mm_autofocus.training.label import StackMeter, middle_of, peak_of
+from mm_autofocus.types import Optics
 
 from _refocus_virtual import markdown
-from _virtual_stacks import first_of, open_place, places, tried
+from _virtual_stacks import PIXEL_UM, first_of, open_place, places, tried
 
 STEPS_UM = (0.5, 1.0, 2.0)
 HALF_UM = 9.0
 SIDE = 256
+OPTICS = Optics(na=0.75, magnification=20.0, pixel_size_um=PIXEL_UM)  # of the virtual ones
 MIDDLE, PEAK = "centroid above half the height", "spline through the logarithm"
-OURS = "label: centroid, unless the peak is clearly beside it"
+OURS = "label: the peak of a thin specimen, else the centroid"
 
 
 def _sharpest(z: np.ndarray, s: np.ndarray) -> float:
@@ -59,7 +61,9 @@ OTHERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
-def _found(z: np.ndarray, stack: Any) -> tuple[dict[str, float], float, np.ndarray]:
+def _found(
+    z: np.ndarray, stack: Any, dof_um: float | None = None
+) -> tuple[dict[str, float], float, np.ndarray]:
     """What each way says, by how much the label expects to be off, and the scores.
 
     NaN if the label is refused.
@@ -67,7 +71,7 @@ def _found(z: np.ndarray, stack: Any) -> tuple[dict[str, float], float, np.ndarr
     meter = StackMeter()
     for at, image in zip(z, stack, strict=True):
         meter.add(float(at), image)
-    label = meter.label()
+    label = meter.label(dof_um)
     scores = np.array(meter.scores)
     says = {name: way(z, scores) for name, way in OTHERS.items()}
     ok = label.status == "ok"
@@ -125,7 +129,7 @@ def _virtual(args: argparse.Namespace) -> list[str]:
         frames = [there.frame(float(v), k) for k, v in enumerate(z)]
         for step in STEPS_UM:
             every = round(step / fine)
-            says, error, _ = _found(z[::every], frames[::every])
+            says, error, _ = _found(z[::every], frames[::every], OPTICS.dof_um)
             for name, value in says.items():
                 off[step].setdefault(name, []).append(value)
             expected[step].append(error)

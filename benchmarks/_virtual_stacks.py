@@ -310,7 +310,7 @@ class LabelledStack(VirtualStack):
         meter = StackMeter(FocusMeasure())
         for z_um, frame in self.planes():
             meter.add(z_um, frame)
-        return meter.label().focus_z_um
+        return meter.label(self.known_optics().dof_um).focus_z_um
 
     @property
     def defocus_um(self) -> np.ndarray:

@@ -106,11 +106,14 @@ def test_the_label_of_a_thin_specimen_is_the_peak_also_where_flanks_differ(
     for at, contrast in zip(z, steep_above(z), strict=True):
         image = 120 + 30 * contrast * TEXTURE + rng.normal(scale=0.5, size=TEXTURE.shape)
         meter.add(at, np.clip(np.rint(image), 0, 255).astype(np.uint8))
-    label = meter.label()
-    middle, _ = middle_of(z, np.array(meter.scores))
+    label = meter.label(1.0)
+    middle, width = middle_of(z, np.array(meter.scores))
     assert middle < -0.2
     assert abs(label.focus_z_um) < 0.15 * step_um + 0.02
     assert abs(label.focus_z_um) < 3 * label.expected_error_um
+    # of what is not known to be thin, the middle
+    assert meter.label().focus_z_um == pytest.approx(middle)
+    assert meter.label(width / 5).focus_z_um == pytest.approx(middle)
 
 
 def test_scores_that_are_nothing_on_the_flanks_have_a_peak() -> None:

@@ -59,7 +59,7 @@ _DIP = 0.25  # ... behind a valley so deep leaves two answers
 _PARTS = 3.0  # of the frame that must make the curve, to tell its error by leaving one out
 _MODEL = 0.05  # flanks that are not alike, in widths of the peak at half height
 _SAMPLING = 0.3  # distance of the planes over the width of the peak, in such distances
-_CLEAR = 2.0  # standard deviations by which the peak lies clearly beside the middle
+_THIN = 4.0  # depths of field that the curve of a thin specimen is wide at half height, at most
 _LIFT = 0.1  # of the height, so that the flanks hold no logarithm of nothing
 _FINE = 401  # points between three planes
 
@@ -184,7 +184,8 @@ class StackMeter:
         Parameters
         ----------
         dof_um : float, optional
-            Depth of field; a peak less sure than half of it is refused.
+            Depth of field; a peak less sure than half of it is refused. Unknown: the focus is
+            the middle of the curve, as of thick specimen.
 
         Raises
         ------
@@ -249,7 +250,7 @@ def _label(
     reason = _why_not(z, s, k, significance)
     if reason:
         return Label("refused", reason, **known)
-    focus, width, error = _focus(z, s, np.stack([tiles[i] for i in order]))
+    focus, width, error = _focus(z, s, np.stack([tiles[i] for i in order]), dof)
     known |= {
         "width_um": width,
         "expected_error_um": error,
@@ -299,16 +300,19 @@ def _second(s: Floats, k: int, height: float) -> bool:
     return any(s[p] - s.min() >= _SECOND * height for p in others)
 
 
-def _focus(z: Floats, s: Floats, tiles: Floats) -> tuple[float, float, float]:
+def _focus(
+    z: Floats, s: Floats, tiles: Floats, dof: float | None
+) -> tuple[float, float, float]:
     """Focus, width at half height, and standard deviation expected of the focus, all in µm.
 
     The focus is the peak, where one can be told. A lens with spherical aberration makes one
     flank steep and the other gentle, and the middle of the curve then lies some tenths of a µm
     beside its peak. But in a thick section the top is a plateau with a shape of its own in each
     part of the frame, and its highest point jumps about; the middle is known much better
-    (`benchmarks/learned.py --part labels`). So the middle is left only so far as all quarters
-    of the frame agree that the peak lies beside it, by the shrinkage of James and Stein (*Proc.
-    4th Berkeley Symp.* 1 (1961) 361) with two standard deviations instead of one.
+    (`benchmarks/learned.py --part labels`). So of a curve that is wider than a few depths of
+    field, or where that is not known, the middle is taken. Of others it is left so far as all
+    quarters of the frame agree that the peak lies beside it, by the shrinkage of James and
+    Stein (*Proc. 4th Berkeley Symp.* 1 (1961) 361).
 
     The error is by leaving out a part of the frame at a time (jackknife): it holds the noise as
     well as that specimen at several depths is in focus at several places. Where one object
@@ -320,6 +324,8 @@ def _focus(z: Floats, s: Floats, tiles: Floats) -> tuple[float, float, float]:
         ``(Z,)`` of the planes, ascending, and their scores.
     tiles : numpy.ndarray
         ``(Z, tiles)``.
+    dof : float | None
+        Depth of field.
     """
     k, last = int(s.argmax()), len(z) - 1
     middle, width = middle_of(z, s)
@@ -334,7 +340,8 @@ def _focus(z: Floats, s: Floats, tiles: Floats) -> tuple[float, float, float]:
         asides = np.array([peak_of(z, q) - middle_of(z, q)[0] for q in quarters.T])
         mean = np.average(asides, weights=height)
         noise = math.hypot(noise, np.average((asides - mean) ** 2, weights=height) ** 0.5)
-    part = max(0.0, 1 - (_CLEAR * noise / aside) ** 2) if aside else 0.0
+    thin = dof is not None and width < _THIN * dof
+    part = max(0.0, 1 - (noise / aside) ** 2) if thin and aside else 0.0
 
     def focus(of: Floats) -> float:
         known = middle_of(z, of)[0]
