@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import useq
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mm_autofocus import cli
 from mm_autofocus.config import close_core, open_core
 from mm_autofocus.errors import InputError
+from mm_autofocus.models.card import UNSEALED
 from mm_autofocus.models.importing import load_model
 from mm_autofocus.models.lens import LENS_NAMES, code_of, values_of
 from mm_autofocus.models.runtime import OnnxModel
@@ -312,6 +314,25 @@ def test_a_copy_is_calibrated_on_a_slide(
     second = load_model(again)
     assert second.card.curve.said_um == after.card.curve.said_um
     assert lens_model(copy).card.curve is None
+
+
+def test_a_net_with_its_card_beside_it_is_calibrated_too(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = load_model(MODEL)
+    assert isinstance(own, OnnxModel)
+    onnx = pytest.importorskip("onnx")
+    foreign = onnx.load(own.net.path)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    card = json.loads(own.card.model_copy(update={"sha256": UNSEALED}).to_json())
+    (tmp_path / "foreign.card.yaml").write_text(yaml.safe_dump(card))
+    copy = tmp_path / "slide.onnx"
+    words = ["calibrate", str(dataset.path), "--model", str(tmp_path / "foreign.onnx")]
+    assert code_of_command(*words, "--fit-curve", str(copy)) == 0
+    after = load_model(copy)
+    assert after.card.curve is not None
+    assert after.card.sealed
 
 
 def test_a_curve_that_does_not_help_is_not_written(
