@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,15 @@ from mm_autofocus.models.card import Importance, LensInput, ModelCard, Shots  # 
 from mm_autofocus.models.importing import shipped_models  # noqa: E402
 from mm_autofocus.models.nets import NETS, build_net  # noqa: E402
 from mm_autofocus.models.nets.base import NetContext  # noqa: E402
+from mm_autofocus.training import Dataset  # noqa: E402
 from mm_autofocus.training.begin import begin_with, settle, weights_to_begin_with  # noqa: E402
+from mm_autofocus.training.checkpoint import save_checkpoint  # noqa: E402
 from mm_autofocus.training.export import export, write_onnx  # noqa: E402
+from mm_autofocus.training.options import read_options, read_options_file  # noqa: E402
 from mm_autofocus.training.refocus_export import write_refocus  # noqa: E402
-from mm_autofocus.training.train import train  # noqa: E402
+from mm_autofocus.training.train import prepare, train  # noqa: E402
 
+import blurred  # noqa: E402
 from blurred import OPTIONS, make_dataset  # noqa: E402
 from tiny_nets import make_net  # noqa: E402
 
@@ -228,6 +233,36 @@ def test_a_model_is_trained_further_from_its_file(tmp_path: Path) -> None:
     # a step so small teaches nothing: all that it knows, it began with
     assert more["validation"]["mae_um"] == pytest.approx(before, rel=0.1)
     assert train(dataset.path, tmp_path / "new", kept)["validation"]["mae_um"] > 1.5 * before
+
+
+def test_a_net_that_begins_with_another_is_built_as_that_one(tmp_path: Path) -> None:
+    """As the README says it: ``--set init=NAME`` is all."""
+    dataset = make_dataset(tmp_path)
+    options = {**OPTIONS, "epochs": 1, "patches_per_stack": 8}
+    net = {**blurred.NET, "spectra": 8, "lens": {"sigma": (0.45, 0.75)}}
+    known = [replace(s, lens={"sigma": 0.6}) for s in dataset.stacks]
+    told = Dataset(dataset.path, dataset.meta, known)
+    first = prepare(told, tmp_path / "run", read_options({**options, "net": net}))
+    save_checkpoint(
+        tmp_path / "run" / "best.ckpt",
+        {
+            **first.identity,
+            "weights": build_net(
+                first.identity["model"],
+                NetContext(**first.identity["context"]),
+                first.identity["net"],
+            ).state_dict(),
+        },
+    )
+    more = {k: v for k, v in options.items() if k != "net"} | {"init": str(tmp_path / "run")}
+    again = prepare(told, tmp_path / "again", read_options(more))
+    assert again.identity["net"] == first.identity["net"]
+    assert read_options_file(tmp_path / "again" / "options.yaml")["net"]["spectra"] == 8
+    # what is given counts; of a lens that nobody knows of it is not told
+    wider = read_options({**more, "net": {"spectra": 16}})
+    silent = prepare(dataset, tmp_path / "wider", wider).identity["net"]
+    assert (silent["spectra"], silent["lens"]) == (16, {})
+    assert silent["widths"] == first.identity["net"]["widths"]
 
 
 def test_what_cannot_be_trained_further_is_one_sentence(tmp_path: Path) -> None:

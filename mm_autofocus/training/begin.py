@@ -45,8 +45,8 @@ def weights_to_begin_with(init: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``model``, ``context``, ``weights`` as in a checkpoint; ``folded``: whether what
-        was BatchNorm has to `settle`.
+        ``model``, ``context``, ``net``, ``weights`` as in a checkpoint; ``folded``: whether
+        what was BatchNorm has to `settle`.
 
     Raises
     ------
@@ -184,6 +184,7 @@ def _exported(path: Path) -> dict[str, Any]:
     return {
         "model": card.architecture,
         "context": context.model_dump(mode="json"),
+        "net": dict(options),
         "weights": weights,
     }
 

@@ -169,7 +169,8 @@ class TrainOptions(BaseModel):
         Processes that read, per device; default: by the number of cores.
     init : str | None
         What it begins with the weights of (fine-tuning): a run, a checkpoint, the name of a
-        shipped model, or an ONNX file of ``export``.
+        shipped model, or an ONNX file of ``export``. Options of the net that are not given are
+        those of that one.
     augment : AugmentOptions
         How samples are changed.
     pairs : PairOptions

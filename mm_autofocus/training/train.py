@@ -171,6 +171,8 @@ def prepare(
     if refocus:  # before anything is written: every stack must have two planes for shots
         for stack in (*learn, *check):
             draw_pair(stack, options.pairs, np.random.default_rng(0))
+    if options.init is not None and state is None:
+        options = options.model_copy(update={"net": _begun_net(options.init, options, learn)})
     net = build_net(options.model, context, options.net)  # its options are checked here
     _check_spectra(net, context, options)
     told = getattr(net, "lens", {})
@@ -227,6 +229,24 @@ def prepare(
             options.augment,
         )
     return job
+
+
+def _begun_net(init: str, options: TrainOptions, learn: tuple[Stack, ...]) -> dict[str, Any]:
+    """Options of a net that begins with other weights: as of that one, where none is given.
+
+    What it is told of the lens is left out, unless asked for, where neither stacks nor theory
+    know of one.
+    """
+    from mm_autofocus.training.begin import weights_to_begin_with
+
+    begun = weights_to_begin_with(init)
+    if begun["model"] != options.model:
+        return options.net
+    own = dict(begun["net"])
+    told = own.get("lens")
+    if told and not options.theory.patches and not any(knows(told, s.lens) for s in learn):
+        del own["lens"]
+    return {**own, **options.net}
 
 
 def _check_spectra(net: Net, context: NetContext, options: TrainOptions) -> None:
