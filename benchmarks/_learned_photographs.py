@@ -137,11 +137,7 @@ def run(args: argparse.Namespace) -> str:
         "| picture | shown | n | MAE, µm | error at -0.5 | at 0 | at +0.5 | wrong direction |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (name, what), found in rows.items():
-        errors = np.array(found)
-        mean = number(float(np.nanmean(np.abs(errors))))
-        cells = [name, what, str(errors.size), mean, *_near(errors, AT_UM)]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += _rows(rows)
     every = [p for p in places(args.fields, args.data / "textures") if p.sparsity == "dense"]
     under = [p for p in every if p.picture]
     sections = [p for p in every if p.kind == "tissue"]
@@ -237,15 +233,21 @@ def _of_halves(args: argparse.Namespace, model: OnnxModel) -> list[str]:
                     fields = slide_stacks(replace(place, picture=other), side=args.frame)
                 except InputError:
                     continue
+                # it is told of the lens there, which is that of the other half, too
                 found.setdefault((place.name, "no"), []).append(_errors(model, shown))
-                model.net.lens = _code(model, replace(place, picture=other))
                 fit = fit_curve(model, fields)
                 if fit.helps:
                     model.card = plain.model_copy(update={"curve": fit.curve})
                 found.setdefault((place.name, "yes"), []).append(_errors(model, shown))
                 model.card = plain
             print(f"halves of {place.name}/{place.seed}, {place.sparsity}", flush=True)
-    for (name, what), each in sorted(found.items()):
+    return [*lines, *_rows(dict(sorted(found.items())))]
+
+
+def _rows(found: dict[tuple[str, str], list[list[float]]]) -> list[str]:
+    """A line for each picture and what was done to it, of the errors at `AT_UM` of stacks."""
+    lines = []
+    for (name, what), each in found.items():
         errors = np.array(each)
         mean = number(float(np.nanmean(np.abs(errors))))
         cells = [name, what, str(errors.size), mean, *_near(errors, AT_UM)]
@@ -264,18 +266,14 @@ def _near(errors: np.ndarray, at_um: tuple[float, ...]) -> list[str]:
 
 def _errors(model: OnnxModel, stack: VirtualStack) -> list[float]:
     """Of each plane, in µm, told of the lens as it is; NaN: no answer."""
-    model.net.lens = _code(model, stack.place)
+    assert model.card.lens is not None
+    lens = drawn_at(stack.place).optics.lens
+    model.net.lens = code_of(model.card.lens.ranges, lens)
     errors = []
     for z, plane in stack.planes():
         found = model.predict([plane], max_value=255).defocus_um
         errors.append(math.nan if found is None else found - z)
     return errors
-
-
-def _code(model: OnnxModel, place: Place) -> np.ndarray:
-    """The lens of a place, as the model is told of it."""
-    assert model.card.lens is not None
-    return code_of(model.card.lens.ranges, drawn_at(place).optics.lens)
 
 
 def _stacks(args: argparse.Namespace) -> Iterator[tuple[Place, str, VirtualStack]]:

@@ -228,7 +228,7 @@ def _section(
                 lines.append(_line(who, c, rows))
     lines += ["", *_marks(people), "", *_against_defocus(people), "", *_kinds(people)]
     lines += ["", *_factors(people)]
-    for who in (ONE, FITTED, CURVED, TWO):
+    for who in MARKS:
         known = merit.calibration(people[who].rows) if who in people else None
         if known is not None:
             within = ", ".join(f"{share(v)} within {k} ×" for k, v in known["within"].items())
@@ -321,7 +321,7 @@ def _against_defocus(people: dict[str, Any]) -> list[str]:
 def _factors(people: dict[str, Any]) -> list[str]:
     """How much of the error is one factor per field: a lens that the model misjudges."""
     texts = []
-    for who in (ONE, FITTED, CURVED, TWO):
+    for who in MARKS:
         if who not in people:
             continue
         fields: dict[str, list[Row]] = {}
@@ -356,7 +356,7 @@ def _kinds(people: dict[str, Any]) -> list[str]:
         "| who | specimen | frames | MAE ± SD, µm | ≤ DoF | direction |",
         "|---|---|---|---|---|---|",
     ]
-    for who in (ONE, FITTED, CURVED, TWO):
+    for who in MARKS:
         if who not in people:
             continue
         kinds: dict[str, list[Row]] = {}

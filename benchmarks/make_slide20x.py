@@ -31,7 +31,7 @@ from _training_stacks import (
 RECIPE = Recipe(
     # The outer planes have partners 16 µm above, for two looks 8 µm below and above; near focus
     # they are dense enough for the label (0.5 µm apart it is the peak to 0.02 µm, 1 µm apart to
-    # 0.1). Many lenses rather than many planes of each: what errs far from focus is what is
+    # 0.05). Many lenses rather than many planes of each: what errs far from focus is what is
     # thought of the lens.
     planes_um=tuple(
         sorted(

@@ -25,13 +25,15 @@ from mm_autofocus.sim.draws import draw
 from mm_autofocus.sim.truth import microscope_of
 from mm_autofocus.training import Dataset
 from mm_autofocus.training.collect import collect
-from mm_autofocus.training.judges import ModelJudge
+from mm_autofocus.training.judges import ModelJudge, looks_at
 
 torch = pytest.importorskip("torch")
 
 from mm_autofocus.models.nets import build_net  # noqa: E402
 from mm_autofocus.models.nets.base import NetContext  # noqa: E402
+from mm_autofocus.training.curve_fit import fit_curve, write_curve  # noqa: E402
 from mm_autofocus.training.fields import Field  # noqa: E402
+from mm_autofocus.training.fitted_copy import onnx_model  # noqa: E402
 from mm_autofocus.training.lens_fit import _Answer, fit_lens, lens_model  # noqa: E402
 from mm_autofocus.training.options import TheoryOptions, merge_sets, read_options  # noqa: E402
 from mm_autofocus.training.samples import PatchSource  # noqa: E402
@@ -173,7 +175,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         drawn = draw(SEED)
         drawn.apply(scope)
         fields = scope.slide.find_fields("dense", 2, (256 * 0.325,) * 2)
-        planes = sorted({*range(-26, 27, 4), *range(-5, 6)})
+        planes = sorted({*range(-26, 27, 2), *range(-5, 6)})
         plan = useq.MDASequence(
             stage_positions=[
                 {"x": x, "y": y, "z": scope.slide.height_at(x, y) - 1, "name": f"f{k}"}
@@ -333,6 +335,20 @@ def test_a_net_with_its_card_beside_it_is_calibrated_too(
     after = load_model(copy)
     assert after.card.curve is not None
     assert after.card.sealed
+
+
+def test_a_model_of_two_looks_is_calibrated_too(dataset: Dataset, tmp_path: Path) -> None:
+    model = onnx_model(f"{MODEL}-two-look", "--fit-curve")
+    fit = fit_curve(model, dataset.labelled)
+    # the middles whose looks lie 8 µm below and above
+    assert (fit.fields, fit.frames) == (2, 2 * len(range(-18, 19, 2)))
+    write_curve(model, tmp_path / "slide.onnx", fit, data="stacks")
+    after = load_model(tmp_path / "slide.onnx")
+    stack = dataset.labelled[0]
+    planes = next(iter(looks_at(stack.z_um, model.card.looks_um).values()))
+    looks = [stack.plane(k) for k in planes]
+    one, other = (m.predict(looks, max_value=255) for m in (model, after))
+    assert other.defocus_um == pytest.approx(fit.curve.of(one.defocus_um))
 
 
 def test_a_curve_that_does_not_help_is_not_written(

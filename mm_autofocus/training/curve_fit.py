@@ -69,8 +69,7 @@ class CurveFit(Worth):
 
     def to_json(self) -> dict[str, Any]:
         """The part ``curve`` of what ``mm-autofocus calibrate --json`` prints."""
-        aside = self.aside_um
-        return {"at_focus_um": round(aside, 4), **super(CurveFit, self).to_json()}
+        return {"at_focus_um": round(self.aside_um, 4), **super(CurveFit, self).to_json()}
 
     @property
     def aside_um(self) -> float:
@@ -105,18 +104,17 @@ def fit_curve(
     """
     say = progress or (lambda _: None)
     check_stacks(model, stacks, OPTION)
-    folds = folds_of(stacks, seed)
+    fold = folds_of(stacks, seed)
     say("looking at the stacks")
     fields: dict[str, list[Planes]] = {}
     for stack in stacks:
         fields.setdefault(stack.group, []).append(stack)
-    fold_of = {s.group: f for s, f in zip(stacks, folds, strict=True)}
     seen = {group: judged(model, some, len(stacks)) for group, some in fields.items()}
     say("fitting the calibration curve")
     checked = []
     for k in range(FOLDS):
-        by = _curve(model.card, [seen[g] for g in seen if fold_of[g] != k])
-        held_out = [seen[g] for g in seen if fold_of[g] == k]
+        by = _curve(model.card, [seen[g] for g in seen if fold[g] != k])
+        held_out = [seen[g] for g in seen if fold[g] == k]
         checked += [replace(s, predicted_um=by.of(s.predicted_um)) for s in held_out]
     every, found = together([*seen.values()]), together(checked)
     return CurveFit(

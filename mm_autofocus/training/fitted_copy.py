@@ -116,12 +116,11 @@ def check_stacks(model: OnnxModel, stacks: Sequence[Planes], option: str) -> Non
         check_stack(model, stack)
 
 
-def folds_of(stacks: Sequence[Planes], seed: int) -> list[int]:
-    """Number of the fold of each stack: stacks of one field are of one."""
+def folds_of(stacks: Sequence[Planes], seed: int) -> dict[str, int]:
+    """Number of the fold of each field (`Planes.group`)."""
     groups = sorted({s.group for s in stacks})
     order = np.random.default_rng([seed, 7]).permutation(len(groups))
-    fold = {groups[g]: k % FOLDS for k, g in enumerate(order)}
-    return [fold[s.group] for s in stacks]
+    return {groups[g]: k % FOLDS for k, g in enumerate(order)}
 
 
 def chosen(

@@ -321,34 +321,29 @@ def _focus(
     Parameters
     ----------
     z, s : numpy.ndarray
-        ``(Z,)`` of the planes, ascending, and their scores.
+        ``(Z,)`` of the planes, ascending, and their scores; the largest is at neither end.
     tiles : numpy.ndarray
         ``(Z, tiles)``.
     dof : float | None
         Depth of field.
     """
-    k, last = int(s.argmax()), len(z) - 1
+    k, half = int(s.argmax()), (s.max() + s.min()) / 2
     middle, width = middle_of(z, s)
-    aside = peak_of(z, s) - middle
     scatter = _scatter(z, s, k)
-    below, above = max(k - 1, 0), min(k + 1, last)
-    step, bend = (z[above] - z[below]) / (above - below), 2 * s[k] - s[below] - s[above]
-    noise = math.sqrt(0.5) * scatter * step / bend if bend > 0 else width
-    quarters = _sums(tiles, 2)
-    height = quarters.max(0) - quarters.min(0)
-    if height.sum() > 0:
-        asides = np.array([peak_of(z, q) - middle_of(z, q)[0] for q in quarters.T])
-        mean = np.average(asides, weights=height)
-        noise = math.hypot(noise, np.average((asides - mean) ** 2, weights=height) ** 0.5)
-    thin = dof is not None and width < _THIN * dof
-    part = max(0.0, 1 - (noise / aside) ** 2) if thin and aside else 0.0
+    step, bend = (z[k + 1] - z[k - 1]) / 2, 2 * s[k] - s[k - 1] - s[k + 1]
+    part = noise = 0.0
+    if dof is not None and width < _THIN * dof:
+        noise = math.sqrt(0.5) * scatter * step / bend if bend > 0 else width
+        noise = math.hypot(noise, _quarters_differ(z, tiles))
+        aside = peak_of(z, s) - middle
+        part = max(0.0, 1 - (noise / aside) ** 2) if aside else 0.0
 
     def focus(of: Floats) -> float:
         known = middle_of(z, of)[0]
-        return known + part * (peak_of(z, of) - known)
+        return known + part * (peak_of(z, of) - known) if part else known
 
-    i, j = _above(s, k, (s.max() + s.min()) / 2)
-    top = s[i : j + 1] - (s.max() + s.min()) / 2
+    i, j = _above(s, k, half)
+    top = s[i : j + 1] - half
     lever = math.sqrt(float(np.square(z[i : j + 1] - middle).sum()))
     own = math.hypot((1 - part) * scatter * lever / float(top.sum()), part * noise)
     parts = _parts(tiles)
@@ -357,7 +352,18 @@ def _focus(
         each = np.array([focus(rest) for rest in (parts.sum(1)[:, None] - parts).T])
         own = max(own, math.sqrt((len(each) - 1) * float(each.var())))
     flanks, sampling = (1 - part) * _MODEL * width, _SAMPLING * step**2 / max(width, step)
-    return middle + part * aside, width, math.hypot(min(own, width), flanks, sampling)
+    return focus(s), width, math.hypot(min(own, width), flanks, sampling)
+
+
+def _quarters_differ(z: Floats, tiles: Floats) -> float:
+    """By how much they do in how far aside of the middle the peak lies; standard deviation."""
+    quarters = _sums(tiles, 2)
+    height = quarters.max(0) - quarters.min(0)
+    if height.sum() <= 0:
+        return 0.0
+    asides = np.array([peak_of(z, q) - middle_of(z, q)[0] for q in quarters.T])
+    mean = np.average(asides, weights=height)
+    return float(np.average((asides - mean) ** 2, weights=height) ** 0.5)
 
 
 def middle_of(z: Floats, s: Floats) -> tuple[float, float]:

@@ -123,10 +123,10 @@ def fit_lens(
     """
     say = progress or (lambda _: None)
     check_stacks(model, stacks, OPTION)
-    folds = folds_of(stacks, seed)
+    fold = folds_of(stacks, seed)
     answer = _Answer(model)
     say("looking at patches of the stacks")
-    evidence = _evidence(model, answer, stacks, folds)
+    evidence = _evidence(model, answer, stacks, [fold[s.group] for s in stacks])
     before = model.net.lens
     try:
         model.net.lens = code_of(_ranges(model), None)
@@ -135,9 +135,7 @@ def fit_lens(
         for k in range(FOLDS):
             say(f"fitting the lens, check {k + 1} of {FOLDS}")
             model.net.lens = likeliest(model, answer, evidence.less(k), seed)
-            parts.append(
-                judged(model, [s for s, f in zip(stacks, folds, strict=True) if f == k])
-            )
+            parts.append(judged(model, [s for s in stacks if fold[s.group] == k]))
     finally:
         model.net.lens = before
     say("fitting the lens by all fields")
@@ -147,7 +145,7 @@ def fit_lens(
         mae_before_um=without.mae_um,
         mae_um=seen.mae_um,
         frames=seen.frames,
-        fields=len({s.group for s in stacks}),
+        fields=len(fold),
         error=fit_errors(seen),
         code=code,
         values=values_of(_ranges(model), code),
